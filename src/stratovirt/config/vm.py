@@ -1,0 +1,125 @@
+"""What the user asked for: one VmConfig, pure data.
+
+The command line fills it (`cli/`), the machine reads it (`machine/`); nothing here touches the host. Plain classes with
+slots and not dataclasses, because the import of `dataclasses` takes longer than creating the virtual machine.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.config.schema import OptionValues
+
+MIB = 1 << 20
+
+
+class SmpConfig:
+    """CPU topology: `cpus` boot; sockets * dies * clusters * cores * threads == max_cpus."""
+
+    __slots__ = ("clusters", "cores", "cpus", "dies", "max_cpus", "sockets", "threads")
+
+    def __init__(self, cpus: int = 1, max_cpus: int = 1, sockets: int = 1, dies: int = 1, clusters: int = 1,
+                 cores: int = 1, threads: int = 1) -> None:
+        self.cpus = cpus
+        self.max_cpus = max_cpus
+        self.sockets = sockets
+        self.dies = dies
+        self.clusters = clusters
+        self.cores = cores
+        self.threads = threads
+
+
+class CharDeviceConfig:
+    """A character device: `kind` is stdio, pty, file, socket or redirect-to-log.
+
+    `path` is the file or the unix socket, `host` and `port` the TCP listener; `server` says that the program listens.
+    """
+
+    __slots__ = ("host", "id", "kind", "path", "port", "server")
+
+    def __init__(self, id: str, kind: str, path: str = "", host: str = "", port: int = 0, server: bool = False) -> None:
+        self.id = id
+        self.kind = kind
+        self.path = path
+        self.host = host
+        self.port = port
+        self.server = server
+
+
+class DriveConfig:
+    """A disk image. `direct` is None when the user did not say: O_DIRECT where the file system has it."""
+
+    __slots__ = ("aio", "direct", "file", "id", "readonly")
+
+    def __init__(self, id: str, file: str, readonly: bool = False, direct: bool | None = None,
+                 aio: str = "off") -> None:
+        self.id = id
+        self.file = file
+        self.readonly = readonly
+        self.direct = direct
+        self.aio = aio
+
+
+class RngBackendConfig:
+    """`-object rng-random`: where random bytes come from."""
+
+    __slots__ = ("filename", "id")
+
+    def __init__(self, id: str, filename: str) -> None:
+        self.id = id
+        self.filename = filename
+
+
+class DeviceConfig:
+    """One `-device`: the driver's name, its id and its validated options."""
+
+    __slots__ = ("driver", "id", "options")
+
+    def __init__(self, driver: str, id: str, options: OptionValues) -> None:
+        self.driver = driver
+        self.id = id
+        self.options = options
+
+
+class QmpConfig:
+    """A QMP listener: a unix socket `path`, or `host` and `port`. `option` is what the user typed, for errors."""
+
+    __slots__ = ("host", "option", "path", "port")
+
+    def __init__(self, path: str = "", host: str = "", port: int = 0, option: str = "-qmp") -> None:
+        self.path = path
+        self.host = host
+        self.port = port
+        self.option = option
+
+
+class VmConfig:
+    """Everything asked for on one command line. Defaults are those of an empty command line."""
+
+    __slots__ = (
+        "accel", "chardevs", "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "kernel",
+        "kernel_cmdline", "log_file", "machine_type", "memory_size", "name", "pidfile", "qmp", "reboot_action",
+        "rng_backends", "serial", "smp",
+    )
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.machine_type = "microvm"
+        self.accel = "kvm"
+        self.dump_guest_core = True
+        self.smp = SmpConfig()
+        self.memory_size = 256 * MIB
+        self.kernel = ""
+        self.initrd = ""
+        self.kernel_cmdline = ""
+        self.serial: CharDeviceConfig | None = None
+        self.chardevs: dict[str, CharDeviceConfig] = {}
+        self.drives: dict[str, DriveConfig] = {}
+        self.rng_backends: dict[str, RngBackendConfig] = {}
+        self.devices: list[DeviceConfig] = []
+        self.qmp: list[QmpConfig] = []
+        self.freeze = False
+        self.daemonize = False
+        self.pidfile = ""
+        self.log_file = ""
+        self.reboot_action = "shutdown"

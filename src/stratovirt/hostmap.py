@@ -1,0 +1,97 @@
+"""Raw host addresses: the one module that knows where guest RAM lies in this process.
+
+Python's `mmap` gives a mapping but neither its address nor a way to map a file over part of it. KVM needs the first
+(`userspace_addr` of a memory slot), copy-on-write kernel images need the second. Both come from the C library through
+`_ctypes`, without the `ctypes` package on top of it, whose import alone costs more than creating a virtual machine.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import mmap
+import os
+
+from stratovirt.errors import HostError
+
+PAGE_SIZE = 4096
+
+_PROT_READ_WRITE = 0x1 | 0x2
+_MAP_PRIVATE = 0x02
+_MAP_FIXED = 0x10
+_MADV_DONTNEED = 4
+
+
+class _Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "B"
+
+
+class _Int(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "i"
+
+
+class _Word(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "L"
+
+
+class _CFunction(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = _Word
+
+
+_libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is already loaded
+_libc_mmap = _CFunction(_ctypes.dlsym(_libc, "mmap"))
+_libc_madvise = _CFunction(_ctypes.dlsym(_libc, "madvise"))
+_MAP_FAILED = (1 << (8 * _ctypes.sizeof(_Word))) - 1
+
+
+class HostMapping:
+    """A private, zero-filled, lazily populated mapping of `size` bytes that guest RAM lives in.
+
+    `address` is where it starts in this process; `view` is the whole of it as writable bytes. Closed on process exit: a
+    guest may be running on it until then.
+    Units: bytes. Raises: HostError when the host cannot map that much.
+    """
+
+    __slots__ = ("_anchor", "_mapping", "address", "size", "view")
+
+    def __init__(self, size: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        try:
+            self._mapping = mmap.mmap(-1, size, flags=flags)
+        except (OSError, OverflowError, ValueError) as error:
+            errno = error.errno or 0 if isinstance(error, OSError) else 0
+            raise HostError(f"cannot map {size >> 20} MiB of guest memory", errno, "ask for less with -m") from error
+        self.size = size
+        self.view = memoryview(self._mapping)
+        self._anchor = _Byte.from_buffer(self._mapping)
+        self.address = _ctypes.addressof(self._anchor)
+
+    def map_file(self, offset: int, fd: int, file_offset: int, length: int) -> None:
+        """Lay `length` bytes of a file over the mapping at `offset`, copy-on-write: the file is never written.
+
+        Both offsets must be page-aligned; the tail of the last page beyond the end of the file reads as zero.
+        """
+        if offset < 0 or length <= 0 or offset + length > self.size or (offset | file_offset) % PAGE_SIZE:
+            raise ValueError(f"map_file: [{offset:#x}, +{length:#x}) from file offset {file_offset:#x}")
+        result = _libc_mmap(_Word(self.address + offset), _Word(length), _Int(_PROT_READ_WRITE),
+                            _Int(_MAP_PRIVATE | _MAP_FIXED), _Int(fd), _Word(file_offset))
+        if result == _MAP_FAILED:
+            raise HostError("mmap of a file over guest memory", _ctypes.get_errno())
+
+    def discard(self) -> None:
+        """Drop every anonymous page, so that it reads as zero again; file mappings return to the file's content."""
+        if _libc_madvise(_Word(self.address), _Word(self.size), _Int(_MADV_DONTNEED)) == _MAP_FAILED:
+            raise HostError("madvise(MADV_DONTNEED) of guest memory", _ctypes.get_errno())
+
+    def dont_dump(self) -> None:
+        """Leave guest memory out of core dumps (`dump-guest-core=off`)."""
+        self._mapping.madvise(mmap.MADV_DONTDUMP)
+
+
+def page_ceiling(size: int) -> int:
+    return (size + PAGE_SIZE - 1) & -PAGE_SIZE
+
+
+def file_size(fd: int) -> int:
+    """Size in bytes of a regular file or a block device."""
+    return os.lseek(fd, 0, os.SEEK_END)
