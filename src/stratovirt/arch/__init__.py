@@ -1,0 +1,1 @@
+"""What differs between processors, as pure functions over numbers and bytes: one folder an architecture."""

@@ -1,0 +1,1 @@
+"""What runs the guest: KVM. No policy lives here."""

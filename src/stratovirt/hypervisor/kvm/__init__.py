@@ -1,0 +1,1 @@
+"""Linux KVM, one module per ioctl family: `system` (/dev/kvm), `vm`, `vcpu`, and `registers` for the structures they carry."""

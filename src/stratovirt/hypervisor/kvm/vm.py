@@ -1,0 +1,108 @@
+"""A KVM virtual machine: memory slots, the in-kernel interrupt chips and timer, irqfd and ioeventfd.
+
+Facts the callers rely on:
+- A memory slot that is registered before the interrupt chips exist costs 0.1 ms; afterwards KVM waits for an SRCU grace
+  period, 7 ms. So memory comes first.
+- An irqfd on an edge-triggered GSI raises and lowers the line for each event: one interrupt, no acknowledgement needed.
+- An ioeventfd swallows the matching guest write in the kernel: the vCPU does not leave the guest for longer than that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+from stratovirt.errors import HostError
+from stratovirt.hypervisor.kvm import _uapi as uapi
+from stratovirt.hypervisor.kvm.system import KvmSystem
+
+
+class IrqFd:
+    """An edge-triggered interrupt line: one eventfd write is one interrupt. Thread: any."""
+
+    __slots__ = ("fd", "gsi")
+
+    def __init__(self, fd: int, gsi: int) -> None:
+        self.fd = fd
+        self.gsi = gsi
+
+    def trigger(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+
+class KvmVm:
+    """One virtual machine. Raises: HostError from every call that KVM refuses."""
+
+    def __init__(self, system: KvmSystem) -> None:
+        self.system = system
+        self.fd = system.create_vm()
+        self._slots = 0
+
+    def _ioctl(self, name: str, request: int, argument: int | bytes | bytearray) -> int:
+        try:
+            if isinstance(argument, bytearray):
+                return int(fcntl.ioctl(self.fd, request, argument, True))
+            result = fcntl.ioctl(self.fd, request, argument)
+            return result if isinstance(result, int) else 0
+        except OSError as error:
+            raise HostError.from_os(name, error) from error
+
+    def add_memory(self, guest_address: int, host_address: int, size: int) -> None:
+        """Let the guest see `size` bytes of this process at `guest_address`."""
+        # struct kvm_userspace_memory_region { u32 slot, flags; u64 guest_phys_addr, memory_size, userspace_addr; }
+        region = struct.pack("<IIQQQ", self._slots, 0, guest_address, size, host_address)
+        self._ioctl("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, region)
+        self._slots += 1
+
+    def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None:
+        """PIC, IOAPIC and local APICs in the kernel. The two addresses are scratch pages for Intel processors."""
+        self._ioctl("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, struct.pack("<Q", identity_map_address))
+        self._ioctl("KVM_SET_TSS_ADDR", uapi.KVM_SET_TSS_ADDR, tss_address)
+        self._ioctl("KVM_CREATE_IRQCHIP", uapi.KVM_CREATE_IRQCHIP, 0)
+
+    def create_timer(self) -> None:
+        """The 8254 timer in the kernel, with a dummy speaker port."""
+        self._ioctl("KVM_CREATE_PIT2", uapi.KVM_CREATE_PIT2, struct.pack("<I60x", uapi.KVM_PIT_SPEAKER_DUMMY))
+
+    def create_irqfd(self, gsi: int) -> IrqFd:
+        """An eventfd that raises `gsi`."""
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # struct kvm_irqfd { u32 fd, gsi, flags, resamplefd; u8 pad[16]; }
+        self._ioctl("KVM_IRQFD", uapi.KVM_IRQFD, struct.pack("<IIII16x", fd, gsi, 0, 0))
+        return IrqFd(fd, gsi)
+
+    def add_ioeventfd(self, fd: int, address: int, length: int, datamatch: int) -> None:
+        """Signal `fd` when the guest writes the `length`-byte value `datamatch` to the MMIO `address`."""
+        self._ioeventfd(fd, address, length, datamatch, uapi.KVM_IOEVENTFD_FLAG_DATAMATCH)
+
+    def _ioeventfd(self, fd: int, address: int, length: int, datamatch: int, flags: int) -> None:
+        # struct kvm_ioeventfd { u64 datamatch, addr; u32 len; s32 fd; u32 flags; u8 pad[36]; }
+        argument = struct.pack("<QQIiI36x", datamatch, address, length, fd, flags)
+        self._ioctl("KVM_IOEVENTFD", uapi.KVM_IOEVENTFD, argument)
+
+    def get_interrupt_chip(self, chip: int) -> bytearray:
+        """struct kvm_irqchip of the master PIC, slave PIC or IOAPIC."""
+        state = bytearray(uapi.SIZEOF_IRQCHIP)
+        struct.pack_into("<I", state, 0, chip)
+        self._ioctl("KVM_GET_IRQCHIP", uapi.KVM_GET_IRQCHIP, state)
+        return state
+
+    def set_interrupt_chip(self, state: bytearray) -> None:
+        self._ioctl("KVM_SET_IRQCHIP", uapi.KVM_SET_IRQCHIP, state)
+
+    def get_timer(self) -> bytearray:
+        """struct kvm_pit_state2."""
+        state = bytearray(uapi.SIZEOF_PIT2)
+        self._ioctl("KVM_GET_PIT2", uapi.KVM_GET_PIT2, state)
+        return state
+
+    def set_timer(self, state: bytearray) -> None:
+        self._ioctl("KVM_SET_PIT2", uapi.KVM_SET_PIT2, bytes(state))
+
+    def create_vcpu(self, vcpu_id: int) -> int:
+        """A file descriptor for a new vCPU; its local APIC id is `vcpu_id`."""
+        return self._ioctl("KVM_CREATE_VCPU", uapi.KVM_CREATE_VCPU, vcpu_id)
+
+    def close(self) -> None:
+        os.close(self.fd)
