@@ -1,0 +1,141 @@
+"""What every virtio device is, whatever carries it: identity, features, config space, queues and the work on them.
+
+A device subclasses VirtioDevice, states its facts as class attributes, and implements `handle(queue_index, queue, chain)`.
+The transport (mmio) speaks the register protocol; between the two lies this contract:
+
+- The transport negotiates features and calls `activate(queues)` at DRIVER_OK and `reset()` when the driver resets.
+- A queue notification becomes `process(index)` on the device's loop: chains are popped, handled, pushed, and the driver is
+  interrupted once for the batch, if it asked for that.
+- A GuestError breaks the device: it stops, and the transport sets DEVICE_NEEDS_RESET.
+
+Threads: `process` runs on the device's loop; `activate` and `reset` on a vCPU thread. `_work` is the lock between them: the
+loop holds it while it works on a queue, so a reset waits for the request in flight, which is what VIRTIO 1.2, 2.1.1 asks
+for: after a reset the device touches no buffer. No other register access takes it.
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock
+
+from stratovirt.errors import GuestError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from stratovirt.virtio.queue import Chain, Virtqueue
+
+    class Transport(Protocol):
+        def notify_used(self) -> None:
+            """Interrupt the driver: buffers were used."""
+
+        def notify_config(self) -> None:
+            """Interrupt the driver: the config space changed."""
+
+        def needs_reset(self, error: GuestError) -> None:
+            """The device is broken until the driver resets it."""
+
+        def requeue(self, index: int) -> None:
+            """Call `process(index)` again, after others had their turn."""
+
+
+F_INDIRECT_DESC = 28
+F_EVENT_IDX = 29
+F_VERSION_1 = 32
+
+
+class VirtioDevice:
+    """Base of all virtio devices.
+
+    `features` is a bit mask of what the device offers; `config` its config space, read by the driver, zero beyond its end.
+    """
+
+    device_id = 0
+    name = "virtio"
+    queue_sizes: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.features = 1 << F_VERSION_1
+        self.driver_features = 0
+        self.config = b""
+        self.queues: list[Virtqueue | None] = []
+        self.active = False
+        self.transport: Transport | None = None
+        self._work = allocate_lock()
+
+    # -- life cycle, called by the transport
+
+    def activate(self, queues: list[Virtqueue | None]) -> None:
+        """The driver is ready. Queues it did not set up are None."""
+        with self._work:
+            self.queues = queues
+            self.active = True
+
+    def reset(self) -> None:
+        """Back to the state before any driver. No request is in flight when this returns."""
+        with self._work:
+            self.active = False
+            self.queues = []
+            self.driver_features = 0
+            self.on_reset()
+
+    def on_reset(self) -> None:
+        """For a device with state of its own. Called with `_work` held."""
+
+    # -- config space
+
+    def read_config(self, offset: int, size: int) -> int:
+        return int.from_bytes(self.config[offset : offset + size], "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Devices without writable fields ignore writes (VIRTIO 1.2, 2.5)."""
+
+    # -- queue work, on the device's loop
+
+    def process(self, index: int) -> None:
+        """Work on a queue: at most one queue's worth of chains, so that no guest keeps the loop for itself."""
+        transport = self.transport
+        if transport is None:
+            return
+        with self._work:
+            queue = self.queues[index] if self.active and index < len(self.queues) else None
+            if queue is None:
+                return
+            try:
+                again = self._drain(index, queue)
+                interrupt = queue.needs_interrupt()
+            except GuestError as error:
+                self.active = False
+                transport.needs_reset(error)
+                return
+        if interrupt:
+            transport.notify_used()
+        if again:
+            transport.requeue(index)
+
+    def _drain(self, index: int, queue: Virtqueue) -> bool:
+        """True: chains may be left, come again."""
+        queue.disable_notifications()
+        for _ in range(queue.size):
+            if not self.ready(index):
+                return False
+            chain = queue.pop()
+            if chain is None:
+                if not queue.enable_notifications():
+                    return False
+                continue
+            try:
+                written = self.handle(index, queue, chain)
+            except GuestError:
+                queue.push(chain.head, 0)
+                raise
+            queue.push(chain.head, written)
+        return True
+
+    def ready(self, index: int) -> bool:
+        """Can the next request be taken now? A device that says no calls `transport.requeue` when it can again."""
+        return True
+
+    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
+        """Serve one request; returns how many bytes were written into it. Raises GuestError to break the device."""
+        raise NotImplementedError(f"{self.name} has no queue {index}")

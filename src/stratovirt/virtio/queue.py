@@ -1,0 +1,222 @@
+"""The split virtqueue: where a guest's rings become chains of buffers, and nowhere else.
+
+Layout (VIRTIO 1.2, 2.7), all little-endian:
+    descriptor table   16 bytes each: u64 addr, u32 len, u16 flags, u16 next
+    available ring     u16 flags, u16 idx, u16 ring[size], u16 used_event
+    used ring          u16 flags, u16 idx, {u32 id, u32 len} ring[size], u16 avail_event
+
+The rings are shared with vCPUs that run while this code does. So an index is one aligned 16-bit access, a descriptor is
+copied out once and then judged, and the order matters: entries are read after the index that announces them and written
+before the index that publishes them. x86 keeps loads in order and stores in order; what it may reorder is a store with a
+later load, which the two "publish, then look whether the other side wants to know" steps depend on: `_full_barrier`.
+
+A head that was popped is returned to the guest exactly once: by `push`, or by `pop` itself when its chain is malformed.
+"""
+
+from __future__ import annotations
+
+import struct
+from _thread import allocate_lock
+
+from stratovirt.errors import GuestError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.memory import GuestMemory
+
+DESC_F_NEXT = 1
+DESC_F_WRITE = 2
+DESC_F_INDIRECT = 4
+AVAIL_F_NO_INTERRUPT = 1
+USED_F_NO_NOTIFY = 1
+
+DESC_SIZE = 16
+MAX_CHAIN_BYTES = 1 << 32
+
+_DESCRIPTOR = struct.Struct("<QIHH")
+_USED_ELEMENT = struct.Struct("<II")
+
+_fence = allocate_lock()
+
+
+def _full_barrier() -> None:
+    """Order earlier stores before later loads: taking a lock is an atomic read-modify-write, a full barrier on x86."""
+    _fence.acquire()
+    _fence.release()
+
+
+class Chain:
+    """A popped descriptor chain: views of guest RAM, in order.
+
+    `readable` is what the driver wrote for the device, `writable` where the device answers; lengths in bytes.
+    """
+
+    __slots__ = ("head", "readable", "readable_length", "writable", "writable_length")
+
+    def __init__(self, head: int) -> None:
+        self.head = head
+        self.readable: list[memoryview] = []
+        self.writable: list[memoryview] = []
+        self.readable_length = 0
+        self.writable_length = 0
+
+
+def split(views: list[memoryview], length: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first `length` bytes of a list of views, and the rest, wherever the driver drew the borders."""
+    front: list[memoryview] = []
+    for index, view in enumerate(views):
+        if length < len(view):
+            if length:
+                front.append(view[:length])
+                return front, [view[length:], *views[index + 1 :]]
+            return front, views[index:]
+        front.append(view)
+        length -= len(view)
+    return front, []
+
+
+class Virtqueue:
+    """One queue in use. Its geometry is fixed for the life of the object.
+
+    `name` is for messages. Thread: the device's loop. Raises: GuestError when the driver breaks a rule of section 2.7; the
+    queue must not be used after that.
+    """
+
+    __slots__ = (
+        "_avail16", "_avail_index", "_desc_base", "_desc_ram", "_event_idx", "_indirect", "_last_signalled", "_memory",
+        "_next_avail", "_next_used", "_used16", "_used_index", "_used_offset", "_used_ram", "avail_ring", "descriptor_table",
+        "name", "size", "used_ring",
+    )
+
+    def __init__(self, name: str, memory: GuestMemory, size: int, descriptor_table: int, avail_ring: int, used_ring: int,
+                 event_idx: bool = False, indirect: bool = True) -> None:
+        check_geometry(name, memory, size, descriptor_table, avail_ring, used_ring)
+        self.name = name
+        self.size = size
+        self.descriptor_table = descriptor_table
+        self.avail_ring = avail_ring
+        self.used_ring = used_ring
+        self._memory = memory
+        self._event_idx = event_idx
+        self._indirect = indirect
+        region = memory.region(descriptor_table, DESC_SIZE * size)
+        self._desc_ram, self._desc_base = region.u8, descriptor_table - region.base
+        region = memory.region(avail_ring, 6 + 2 * size)
+        self._avail16, self._avail_index = region.u16, (avail_ring - region.base) >> 1
+        region = memory.region(used_ring, 6 + 8 * size)
+        self._used_ram, self._used_offset = region.u8, used_ring - region.base
+        self._used16, self._used_index = region.u16, (used_ring - region.base) >> 1
+        self._next_avail = 0
+        self._next_used = 0
+        self._last_signalled = 0
+
+    # -- from the driver
+
+    def pop(self) -> Chain | None:
+        """The next chain the driver made available, or None."""
+        avail = self._avail16
+        pending = (avail[self._avail_index + 1] - self._next_avail) & 0xFFFF
+        if pending == 0:
+            return None
+        if pending > self.size:
+            raise self._broken(f"avail.idx is {pending} ahead in a queue of {self.size}", "2.7.13")
+        head = avail[self._avail_index + 2 + self._next_avail % self.size]
+        if head >= self.size:
+            raise self._broken(f"the available ring names descriptor {head} of {self.size}", "2.7.6")
+        self._next_avail = (self._next_avail + 1) & 0xFFFF
+        chain = Chain(head)
+        try:
+            self._walk(chain)
+        except GuestError:
+            self.push(head, 0)
+            raise
+        return chain
+
+    def _walk(self, chain: Chain) -> None:
+        table, base, count = self._desc_ram, self._desc_base, self.size
+        index, seen, total, indirect = chain.head, 0, 0, False
+        while True:
+            address, length, flags, following = _DESCRIPTOR.unpack_from(table, base + DESC_SIZE * index)
+            if flags & DESC_F_INDIRECT:
+                if indirect or not self._indirect:
+                    raise self._broken("an indirect table inside another, or without the feature", "2.7.5.3.1")
+                if flags & DESC_F_NEXT or length == 0 or length % DESC_SIZE:
+                    raise self._broken(f"an indirect table of {length} bytes, flags {flags:#x}", "2.7.5.3.1")
+                count = length // DESC_SIZE
+                if count > 0xFFFF:
+                    raise self._broken(f"an indirect table of {count} descriptors", "2.7.5.3.1")
+                region = self._memory.region(address, length)
+                table, base, index, indirect = region.u8, address - region.base, 0, True
+                continue
+            seen += 1
+            if seen > self.size:
+                raise self._broken(f"a chain longer than the queue's {self.size} descriptors", "2.7.5.3.1")
+            if length == 0:
+                raise self._broken("a descriptor of zero bytes", "2.7.5")
+            total += length
+            if total > MAX_CHAIN_BYTES:
+                raise self._broken("a chain of more than 4 GiB", "2.7.5.2")
+            view = self._memory.slice(address, length)
+            if flags & DESC_F_WRITE:
+                chain.writable.append(view)
+                chain.writable_length += length
+            elif chain.writable:
+                raise self._broken("a device-readable descriptor after a device-writable one", "2.7.4.2")
+            else:
+                chain.readable.append(view)
+                chain.readable_length += length
+            if not flags & DESC_F_NEXT:
+                return
+            if following >= count:
+                raise self._broken(f"a chain goes on at descriptor {following} of {count}", "2.7.5")
+            index = following
+
+    # -- to the driver
+
+    def push(self, head: int, written: int) -> None:
+        """Return a chain of which `written` bytes were filled in."""
+        slot = self._used_offset + 4 + 8 * (self._next_used % self.size)
+        _USED_ELEMENT.pack_into(self._used_ram, slot, head, written)
+        self._next_used = (self._next_used + 1) & 0xFFFF
+        self._used16[self._used_index + 1] = self._next_used
+
+    def needs_interrupt(self) -> bool:
+        """Does the driver want to hear about what was pushed since the last call?"""
+        new, old = self._next_used, self._last_signalled
+        if new == old:
+            return False
+        _full_barrier()
+        if not self._event_idx:
+            self._last_signalled = new
+            return not self._avail16[self._avail_index] & AVAIL_F_NO_INTERRUPT
+        used_event = self._avail16[self._avail_index + 2 + self.size]
+        self._last_signalled = new
+        return (new - used_event - 1) & 0xFFFF < (new - old) & 0xFFFF
+
+    def enable_notifications(self) -> bool:
+        """Ask for a notification of the next chain. True when one came meanwhile: `pop` again."""
+        if self._event_idx:
+            self._used16[self._used_index + 2 + 4 * self.size] = self._next_avail
+        else:
+            self._used16[self._used_index] = 0
+        _full_barrier()
+        return self._avail16[self._avail_index + 1] != self._next_avail
+
+    def disable_notifications(self) -> None:
+        """While the queue is being worked on, notifications are a waste; a hint only."""
+        if not self._event_idx:
+            self._used16[self._used_index] = USED_F_NO_NOTIFY
+
+    def _broken(self, rule: str, section: str) -> GuestError:
+        return GuestError(self.name, rule, f"VIRTIO 1.2, {section}")
+
+
+def check_geometry(name: str, memory: GuestMemory, size: int, descriptor_table: int, avail_ring: int, used_ring: int) -> None:
+    """Raises GuestError unless the three parts are aligned and lie in RAM (VIRTIO 1.2, 2.7)."""
+    if size < 1 or size & (size - 1):
+        raise GuestError(name, f"a queue of {size} descriptors", "VIRTIO 1.2, 2.7")
+    parts = ((descriptor_table, 16, DESC_SIZE * size), (avail_ring, 2, 6 + 2 * size), (used_ring, 4, 6 + 8 * size))
+    for address, alignment, length in parts:
+        if address % alignment:
+            raise GuestError(name, f"a ring at {address:#x}, not aligned to {alignment}", "VIRTIO 1.2, 2.7")
+        memory.region(address, length)

@@ -1,0 +1,90 @@
+"""virtio-rng (VIRTIO 1.2, 5.4): random bytes for the guest. One queue; the driver supplies writable buffers.
+
+With `max-bytes` and `period` the guest gets at most that many bytes a period: a bucket that fills steadily and from which
+every request takes. An empty bucket leaves requests in the queue until a timer finds it filled again.
+"""
+
+from __future__ import annotations
+
+from stratovirt.backends.rng import RandomSource
+from stratovirt.errors import HostError
+from stratovirt.loop import EventLoop
+from stratovirt.virtio.device import VirtioDevice
+from stratovirt.virtio.queue import Chain, Virtqueue, split
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stratovirt.loop import Timer
+
+MAX_REQUEST = 1 << 20  # the guest picks the length; more than this is not read in one go
+_RETRY_SECONDS = 0.01
+
+
+class VirtioRng(VirtioDevice):
+    """`rate` in bytes a second, None for no limit."""
+
+    device_id = 4
+    name = "virtio-rng"
+    queue_sizes = (256,)
+
+    def __init__(self, source: RandomSource, loop: EventLoop, rate: float | None = None,
+                 on_error: Callable[[HostError], None] | None = None) -> None:
+        super().__init__()
+        self.source = source
+        self._loop = loop
+        self._rate = rate
+        self._on_error = on_error
+        self._tokens = self._capacity = rate or 0.0  # bytes; the bucket holds one second
+        self._filled_at = loop.clock()
+        self._timer: Timer | None = None
+        self._dry = False
+
+    def ready(self, index: int) -> bool:
+        if self._dry or (self._rate is not None and not self._fill()):
+            self._come_back(index)
+            return False
+        return True
+
+    def _fill(self) -> bool:
+        rate = self._rate or 0.0
+        now = self._loop.clock()
+        self._tokens = min(self._capacity, self._tokens + (now - self._filled_at) * rate)
+        self._filled_at = now
+        return self._tokens >= 1.0
+
+    def _come_back(self, index: int) -> None:
+        if self._timer is not None:
+            return
+        delay = max(_RETRY_SECONDS, (1.0 - self._tokens) / self._rate if self._rate else 0.0)
+
+        def fire() -> None:
+            self._timer = None
+            self._dry = False
+            if self.transport is not None:
+                self.transport.requeue(index)
+
+        self._timer = self._loop.call_later(delay, fire)
+
+    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
+        limit = min(chain.writable_length, MAX_REQUEST)
+        if self._rate is not None:
+            limit = min(limit, int(self._tokens))
+        views, _ = split(chain.writable, limit)
+        written = 0
+        if views:
+            try:
+                written = self.source.read_into(views)
+            except HostError as error:
+                if self._on_error is not None:
+                    self._on_error(error)
+                written = 0
+            if written == 0:
+                self._dry = True  # it has nothing now, or failed: do not spin on it
+        if self._rate is not None:
+            self._tokens -= written
+        return written
+
+    def on_reset(self) -> None:
+        self._dry = False
