@@ -1,0 +1,192 @@
+"""The program's log: one line per message, on stderr or in the file that `-D` names.
+
+    2026-03-01T09:30:12.123456789: [4711][4713][microvm.py:88]:INFO: the guest asked for a reboot
+
+Times are UTC. The file is opened for appending with mode 0640; at 100 MiB or at a change of day it becomes `path1`, that
+one `path2`, and so on to `path6`. What a guest can cause goes through `guest_warn`, which lets one line a second per
+source pass and counts the rest: a guest cannot fill the host's disk. Control characters are escaped, because a log is
+read on terminals.
+
+Importing this module opens nothing and formats nothing; the level comes from STRATOVIRT_LOG_LEVEL when first needed.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import sys
+import time
+
+from stratovirt.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ERROR, WARN, INFO, DEBUG, TRACE = range(1, 6)
+LEVEL_NAMES = ("", "ERROR", "WARN", "INFO", "DEBUG", "TRACE")
+
+FILE_MODE = 0o640
+ROTATE_SIZE = 100 << 20
+FILES_KEPT = 7
+MAX_MESSAGE = 4096
+GUEST_INTERVAL_NS = 1_000_000_000
+
+_DAY_NS = 86_400 * 1_000_000_000
+
+
+def level_from_name(name: str | None) -> int:
+    """The level of that name in any case; INFO for None and for anything unknown."""
+    name = (name or "").strip().upper()
+    return LEVEL_NAMES.index(name) if name in LEVEL_NAMES[1:] else INFO
+
+
+def escape(text: str) -> str:
+    """`text` on one line and safe to show on a terminal: control characters as \\xNN, at most MAX_MESSAGE characters."""
+    if len(text) > MAX_MESSAGE:
+        text = text[:MAX_MESSAGE] + "..."
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 0x100 else f"\\u{{{ord(c):x}}}" for c in text
+    )
+
+
+class Log:
+    """One destination. Thread: any. `clock` gives nanoseconds since the epoch."""
+
+    def __init__(self, level: int | None = None, clock: Callable[[], int] = time.time_ns) -> None:
+        self._clock = clock
+        self._level = level
+        self._lock = _thread.allocate_lock()
+        self._fd = 2
+        self._path = ""
+        self._size = 0
+        self._day = 0
+        self._lost = 0
+        self._guest_sources: dict[str, tuple[int, int]] = {}  # source -> (time of the last line, lines held back since)
+
+    @property
+    def level(self) -> int:
+        if self._level is None:
+            self._level = level_from_name(os.environ.get("STRATOVIRT_LOG_LEVEL"))
+        return self._level
+
+    @level.setter
+    def level(self, level: int) -> None:
+        self._level = level
+
+    # -- where it goes
+
+    def open(self, path: str) -> None:
+        """Log to the file `path` from now on. Raises: ConfigError naming `-D`."""
+        fd = self._open_file(path)
+        with self._lock:
+            old, self._fd, self._path = self._fd, fd, path
+            status = os.fstat(fd)
+            self._size = status.st_size
+            self._day = (status.st_mtime_ns if status.st_size else self._clock()) // _DAY_NS
+        if old != 2:
+            os.close(old)
+
+    def close(self) -> None:
+        """Back to stderr."""
+        with self._lock:
+            old, self._fd, self._path = self._fd, 2, ""
+        if old != 2:
+            os.close(old)
+
+    @staticmethod
+    def _open_file(path: str) -> int:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, FILE_MODE)
+        except (OSError, ValueError) as error:
+            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+            raise ConfigError(f"cannot open the log file: {why}", option="-D", value=path,
+                              accepted="the path of a file that can be appended to") from error
+
+    def _rotate(self, day: int) -> None:
+        """Move the files up by one and start afresh. A file that cannot be moved goes on growing, rather than being lost."""
+        for number in range(FILES_KEPT - 2, -1, -1):
+            source = f"{self._path}{number or ''}"
+            try:
+                os.rename(source, f"{self._path}{number + 1}")
+            except FileNotFoundError:
+                continue
+        fd = self._open_file(self._path)
+        os.close(self._fd)
+        self._fd, self._size, self._day = fd, 0, day
+
+    # -- what goes there
+
+    def write(self, level: int, message: str, depth: int = 1) -> None:
+        """Log `message` at `level`, blamed on the caller `depth` frames up."""
+        if level > self.level:
+            return
+        now = self._clock()
+        frame = sys._getframe(depth)
+        where = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        seconds, nanoseconds = divmod(now, 1_000_000_000)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        line = (
+            f"{stamp}.{nanoseconds:09d}: [{os.getpid()}][{_thread.get_native_id()}][{where}]:{LEVEL_NAMES[level]}: "
+            f"{escape(message)}\n"
+        ).encode("utf-8", "backslashreplace")
+        with self._lock:
+            self._emit(line, now // _DAY_NS)
+
+    def _emit(self, line: bytes, day: int) -> None:
+        try:
+            if self._path:
+                if self._size and (self._size + len(line) > ROTATE_SIZE or day != self._day):
+                    self._rotate(day)
+                self._size += len(line)
+            if self._lost:
+                line = f"({self._lost} lines lost: the log could not be written)\n".encode() + line
+            os.write(self._fd, line)
+            self._lost = 0
+        except (OSError, ConfigError):
+            self._lost += 1  # a full disk must not end the machine; the count is told when there is room again
+
+    def guest_write(self, level: int, source: str, message: str, depth: int = 1) -> None:
+        """Log what a guest caused: at most one line a second for each `source`, which is a name from our own code."""
+        if level > self.level:
+            return
+        now = self._clock()
+        with self._lock:
+            last, held_back = self._guest_sources.get(source, (now - GUEST_INTERVAL_NS, 0))
+            if 0 <= now - last < GUEST_INTERVAL_NS:
+                self._guest_sources[source] = (last, held_back + 1)
+                return
+            self._guest_sources[source] = (now, 0)
+        suffix = f" ({held_back} more since the last such line)" if held_back else ""
+        self.write(level, f"{source}: {escape(message)}{suffix}", depth + 1)
+
+
+LOG = Log()
+"""The process has one log, as it has one stderr."""
+
+
+def error(message: str) -> None:
+    LOG.write(ERROR, message, 2)
+
+
+def warn(message: str) -> None:
+    LOG.write(WARN, message, 2)
+
+
+def info(message: str) -> None:
+    LOG.write(INFO, message, 2)
+
+
+def debug(message: str) -> None:
+    LOG.write(DEBUG, message, 2)
+
+
+def trace(message: str) -> None:
+    LOG.write(TRACE, message, 2)
+
+
+def guest_warn(source: str, message: str) -> None:
+    """A guest (or a client) did something wrong: warn, at most once a second per `source`."""
+    LOG.guest_write(WARN, source, message, 2)
