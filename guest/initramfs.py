@@ -56,10 +56,11 @@ def add_busybox(archive: Archive) -> None:
     archive.file("etc/hosts", b"127.0.0.1 localhost\n")
 
 
-def add_modules(archive: Archive, modules: Path, wanted: tuple[str, ...]) -> None:
+def add_modules(archive: Archive, modules: Path, wanted: tuple[str, ...]) -> list[str]:
     """Modules of one kernel (`.../lib/modules/VERSION`) with all they need, and the indexes for modprobe.
 
-    A module that is built in, or that this flavour of the kernel does not have, is left out.
+    A module that is built in, or that this flavour of the kernel does not have, is left out. Returns the paths in the
+    archive in an order in which insmod can load them.
     """
     dependencies: dict[str, list[str]] = {}
     for line in (modules / "modules.dep").read_text(encoding="ascii").splitlines():
@@ -70,7 +71,8 @@ def add_modules(archive: Archive, modules: Path, wanted: tuple[str, ...]) -> Non
     for name in wanted:
         found = by_name.get(_module_name(name))
         if found is not None:
-            chosen += [path for path in (*dependencies[found], found) if path not in chosen]
+            # modules.dep names the direct needs first and the deepest last
+            chosen += [path for path in (*reversed(dependencies[found]), found) if path not in chosen]
     base = f"lib/modules/{modules.name}"
     for path in chosen:
         archive.copy(f"{base}/{path}", modules / path)
@@ -83,9 +85,7 @@ def add_modules(archive: Archive, modules: Path, wanted: tuple[str, ...]) -> Non
         if line.rpartition(" ")[2].replace("-", "_") in names
     ]
     archive.file(f"{base}/modules.alias", ("\n".join(aliases) + "\n").encode())
-    present = set(by_name) & names
-    bus = [name for name in BUS_MODULES if _module_name(name) in present]
-    archive.file("lib/modules/bus", (" ".join(bus) + "\n").encode())
+    return [f"/{base}/{path}" for path in chosen]
 
 
 def stock(kernel: Path, flavour: str) -> Path:
@@ -96,6 +96,7 @@ def stock(kernel: Path, flavour: str) -> Path:
         archive = Archive()
         _add_system(archive)
         add_modules(archive, modules, (*BUS_MODULES, *DEVICE_MODULES))
+        archive.file("lib/modules/bus", (" ".join(BUS_MODULES) + "\n").encode())
         (target / "initramfs.cpio").write_bytes(archive.finish())
 
     inputs = {**_inputs(), "kernel": kernel.name, "modules": " ".join((*BUS_MODULES, *DEVICE_MODULES))}
