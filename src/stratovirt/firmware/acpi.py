@@ -86,13 +86,13 @@ _ALIGN = 16
 class AcpiConfig:
     """What the tables describe.
 
-    `processors` have APIC ids from 0 on; `virtio` lists (number, base, size, gsi) per occupied slot; `serial` is (port,
+    `processors` are the APIC ids; `virtio` lists (number, base, size, gsi) per occupied slot; `serial` is (port,
     ports, irq) or None. `reset` and `sleep` are ports and values: (port, value), and (control port, status port, S5 type).
     """
 
     __slots__ = ("ioapic", "ioapic_id", "lapic", "processors", "reset", "serial", "sleep", "virtio")
 
-    def __init__(self, processors: int, lapic: int, ioapic: int, ioapic_id: int, reset: tuple[int, int],
+    def __init__(self, processors: list[int], lapic: int, ioapic: int, ioapic_id: int, reset: tuple[int, int],
                  sleep: tuple[int, int, int], serial: tuple[int, int, int] | None, virtio: list[VirtioDevice]) -> None:
         self.processors = processors
         self.lapic = lapic
@@ -154,7 +154,7 @@ def madt(config: AcpiConfig) -> bytes:
     pack = _LOCAL_APIC.pack
     return _table(b"APIC", _MADT_REVISION, b"".join([
         struct.pack("<II", config.lapic, _PCAT_COMPAT),
-        *[pack(0, _LOCAL_APIC.size, n, n, _PROCESSOR_ENABLED) for n in range(config.processors)],
+        *[pack(0, _LOCAL_APIC.size, n, apic_id, _PROCESSOR_ENABLED) for n, apic_id in enumerate(config.processors)],
         _IO_APIC.pack(1, _IO_APIC.size, config.ioapic_id, 0, config.ioapic, 0),
         _LOCAL_APIC_NMI.pack(4, _LOCAL_APIC_NMI.size, _ALL_PROCESSORS, 0, 1),
     ]))

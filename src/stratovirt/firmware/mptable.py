@@ -56,9 +56,9 @@ def _checksum(data: bytes) -> int:
     return -sum(data) & 0xFF
 
 
-def ioapic_id(processors: int) -> int:
+def ioapic_id(apic_ids: list[int]) -> int:
     """An APIC id that no processor has; 255 is the broadcast."""
-    return min(processors + 1, MAX_PROCESSORS)
+    return min(max(apic_ids) + 2, MAX_PROCESSORS)
 
 
 def floating_pointer(table_address: int) -> bytes:
@@ -67,14 +67,14 @@ def floating_pointer(table_address: int) -> bytes:
     return data[:10] + bytes([_checksum(data)]) + data[11:]
 
 
-def configuration_table(processors: int, lapic: int, ioapic: int) -> bytes:
-    """The configuration table of a machine with APIC ids 0 to `processors` - 1; `lapic` and `ioapic` are addresses."""
-    if not 1 <= processors <= MAX_PROCESSORS:
-        raise ValueError(f"{processors} processors: an MP table describes 1 to {MAX_PROCESSORS}")
-    ioapic_apic_id = ioapic_id(processors)
+def configuration_table(apic_ids: list[int], lapic: int, ioapic: int) -> bytes:
+    """The configuration table; the first of `apic_ids` boots, all are below 254; `lapic` and `ioapic` are addresses."""
+    if not 1 <= len(apic_ids) <= MAX_PROCESSORS:
+        raise ValueError(f"{len(apic_ids)} processors: an MP table describes 1 to {MAX_PROCESSORS}")
+    ioapic_apic_id = ioapic_id(apic_ids)
     pack = _PROCESSOR.pack
-    entries = [pack(_MP_PROCESSOR, 0, _APIC_VERSION, _ENABLED | _BOOT_PROCESSOR, _SIGNATURE, _FEATURES, 0)]
-    entries += [pack(_MP_PROCESSOR, n, _APIC_VERSION, _ENABLED, _SIGNATURE, _FEATURES, 0) for n in range(1, processors)]
+    entries = [pack(_MP_PROCESSOR, apic_ids[0], _APIC_VERSION, _ENABLED | _BOOT_PROCESSOR, _SIGNATURE, _FEATURES, 0)]
+    entries += [pack(_MP_PROCESSOR, n, _APIC_VERSION, _ENABLED, _SIGNATURE, _FEATURES, 0) for n in apic_ids[1:]]
     entries.append(_BUS.pack(_MP_BUS, _ISA_BUS, b"ISA   "))
     entries.append(_IOAPIC.pack(_MP_IOAPIC, ioapic_apic_id, _APIC_VERSION, _ENABLED, ioapic))
     pack = _INTERRUPT.pack

@@ -46,6 +46,7 @@ _SIGNATURES = (
     (0, b"PK\x03\x04", "a ZIP archive"),
     (0, b"!<arch>\n", "an ar archive or Debian package"),
     (0, b"\xed\xab\xee\xdb", "an RPM package"),
+    (40, b"_FVH", "a UEFI firmware image"),
     (0, b"\x27\x05\x19\x56", "a U-Boot uImage"),
     (0, b"\xd0\x0d\xfe\xed", "a device tree or FIT image"),
     (0, b"\x89PNG\r\n", "a PNG picture"),
@@ -88,7 +89,7 @@ def what_is(view: memoryview) -> str | None:
     """What the file is, with its article, when it is recognizably not a kernel for this machine."""
     name = compression(view)
     if name is not None:
-        return f"{name}-compressed; decompress it first"
+        return f"a {name}-compressed file; decompress it first"
     if is_cpio(view):
         return "a cpio archive (an initramfs; that belongs to -initrd)"
     for offset, magic, name in _SIGNATURES:

@@ -93,12 +93,9 @@ def slot(number: int) -> Slot:
     return Slot(number)
 
 
-def command_line_words(slots: int) -> str:
-    """What announces slots 0 to `slots` - 1 to a kernel without ACPI; to be appended, it begins with a space."""
-    return "".join(
-        f" virtio_mmio.device={VIRTIO_MMIO_SIZE}@0x{VIRTIO_MMIO + VIRTIO_MMIO_SIZE * n:08x}:{VIRTIO_FIRST_IRQ + n}"
-        for n in range(slots)
-    )
+def command_line_words(slots: list[Slot]) -> str:
+    """What announces `slots` to a kernel without ACPI; to be appended, it begins with a space."""
+    return "".join(f" virtio_mmio.device={VIRTIO_MMIO_SIZE}@0x{slot.base:08x}:{slot.irq}" for slot in slots)
 
 
 def ram_ranges(size: int) -> list[tuple[int, int]]:
