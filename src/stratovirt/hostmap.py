@@ -41,6 +41,7 @@ class _CFunction(_ctypes.CFuncPtr):
 _libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is already loaded
 _libc_mmap = _CFunction(_ctypes.dlsym(_libc, "mmap"))
 _libc_madvise = _CFunction(_ctypes.dlsym(_libc, "madvise"))
+_libc_ioctl = _CFunction(_ctypes.dlsym(_libc, "ioctl"))
 _MAP_FAILED = (1 << (8 * _ctypes.sizeof(_Word))) - 1
 
 
@@ -88,10 +89,11 @@ class HostMapping:
         self._mapping.madvise(mmap.MADV_DONTDUMP)
 
 
-def page_ceiling(size: int) -> int:
-    return (size + PAGE_SIZE - 1) & -PAGE_SIZE
+def ioctl_address(fd: int, request: int, address: int) -> None:
+    """An ioctl whose argument is an address by value: `fcntl.ioctl` takes no integer beyond a signed 32-bit one.
 
-
-def file_size(fd: int) -> int:
-    """Size in bytes of a regular file or a block device."""
-    return os.lseek(fd, 0, os.SEEK_END)
+    Raises: OSError.
+    """
+    if _libc_ioctl(_Int(fd), _Word(request), _Word(address)) == _MAP_FAILED:
+        errno = _ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))

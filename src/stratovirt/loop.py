@@ -59,7 +59,7 @@ class EventLoop:
         self._timers: list[Timer] = []
         self._calls: list[Callable[[], None]] = []
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._running = False
+        self._stopping = False
         self.add(self._wake_fd, READ, self._drain_wake_fd)
 
     # -- file descriptors
@@ -117,9 +117,8 @@ class EventLoop:
     # -- running
 
     def run(self) -> None:
-        """Serve until `stop`."""
-        self._running = True
-        while self._running:
+        """Serve until `stop`, which may have come before."""
+        while not self._stopping:
             self.run_once()
 
     def run_once(self, timeout: float | None = None) -> None:
@@ -135,7 +134,7 @@ class EventLoop:
 
     def stop(self) -> None:
         """Make `run` return after the current round."""
-        self._running = False
+        self._stopping = True
         os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ class Topology:
     """The processor topology of one machine, and the APIC id of each vCPU in it.
 
     An APIC id is a bit string, package | die | core | thread, each field wide enough for its count. Where that would
-    pass 254 (three cores a socket and many sockets), vCPUs are numbered without gaps instead, and the fields are only
+    pass 253 (three cores a socket and many sockets), vCPUs are numbered without gaps instead, and the fields are only
     approximate: an 8-bit APIC id matters more than an exact package number.
     """
 
@@ -37,7 +37,7 @@ class Topology:
         self.die_shift = self.core_shift + (cores - 1).bit_length()
         self.package_shift = self.die_shift + (dies - 1).bit_length()
         ids = [self._apic_id(index, dies, cores, threads) for index in range(cpus)]
-        self.apic_ids = ids if ids[-1] < 255 else list(range(cpus))
+        self.apic_ids = ids if ids[-1] < 254 else list(range(cpus))
 
     def _apic_id(self, index: int, dies: int, cores: int, threads: int) -> int:
         rest, thread = divmod(index, threads)

@@ -14,6 +14,7 @@ import os
 import struct
 
 from stratovirt.errors import HostError
+from stratovirt.hostmap import ioctl_address
 from stratovirt.hypervisor.kvm import _uapi as uapi
 from stratovirt.hypervisor.kvm.system import KvmSystem
 
@@ -58,7 +59,10 @@ class KvmVm:
     def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None:
         """PIC, IOAPIC and local APICs in the kernel. The two addresses are scratch pages for Intel processors."""
         self._ioctl("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, struct.pack("<Q", identity_map_address))
-        self._ioctl("KVM_SET_TSS_ADDR", uapi.KVM_SET_TSS_ADDR, tss_address)
+        try:
+            ioctl_address(self.fd, uapi.KVM_SET_TSS_ADDR, tss_address)
+        except OSError as error:
+            raise HostError.from_os("KVM_SET_TSS_ADDR", error) from error
         self._ioctl("KVM_CREATE_IRQCHIP", uapi.KVM_CREATE_IRQCHIP, 0)
 
     def create_timer(self) -> None:

@@ -1,0 +1,216 @@
+"""The microvm board for x86_64: what is plugged where, and in which order it comes to life.
+
+The order of `build` is the order of start-up, and the reasons for it are KVM's: memory before interrupt chips (a
+memory slot costs 70 times as much afterwards), interrupt chips before vCPUs and irqfds. See docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import time
+
+from stratovirt import log
+from stratovirt.address_map import AddressMap
+from stratovirt.arch.x86_64 import layout
+from stratovirt.devices.cmos_rtc import CmosRtc
+from stratovirt.devices.i8042 import I8042
+from stratovirt.devices.sleep_control import SleepControl
+from stratovirt.errors import ConfigError, HostError, StateError
+from stratovirt.hostmap import HostMapping
+from stratovirt.hypervisor.kvm import run_loop
+from stratovirt.hypervisor.kvm.system import KvmSystem
+from stratovirt.hypervisor.kvm.vm import KvmVm
+from stratovirt.machine.boot import Boot
+from stratovirt.machine.cpus import create_vcpus, reset_processors, topology_of
+from stratovirt.machine.halt_watch import HaltWatch
+from stratovirt.machine.lifecycle import PAUSED, RUNNING, Lifecycle
+from stratovirt.machine.slots import assign_slots, create_device, plug
+from stratovirt.machine.vcpus import VcpuThreads
+from stratovirt.memory import GuestMemory, RamRegion
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.backends.chardev import CharDevice
+    from stratovirt.config.vm import CharDeviceConfig, VmConfig
+    from stratovirt.devices.serial import Serial
+    from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
+    from stratovirt.loop import EventLoop
+    from stratovirt.machine.slots import OccupiedSlot
+
+_CMOS_PORT, _KEYBOARD_DATA_PORT = 0x70, 0x60
+_BOOT_PHASES = {1: "the kernel has started", 2: "the boot is complete"}
+
+
+class MicroVm(Lifecycle):
+    """A microVM: `build` it, `start` it, run the loop, and `close` it whatever happened.
+
+    `started_at` (time.monotonic) is when the process began, for the boot-time port.
+    """
+
+    def __init__(self, config: VmConfig, loop: EventLoop, started_at: float) -> None:
+        super().__init__(loop)
+        self.config = config
+        self._started_at = started_at
+        self.ports = AddressMap()
+        self.mmio = AddressMap()
+        self.chardevs: dict[str, CharDevice] = {}
+        self.serial_chardev: CharDevice | None = None
+        self._serial: Serial | None = None
+        self.slots: list[OccupiedSlot] = []
+        self.threads: VcpuThreads | None = None
+
+    def build(self) -> None:
+        """Make the machine, up to the guest's first instruction. Raises: ConfigError, HostError."""
+        config = self.config
+        self.system = KvmSystem()
+        self.vm = KvmVm(self.system)
+        self.memory = self._create_memory()
+        self.vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
+        self.vm.create_timer()
+
+        chosen = assign_slots(config.devices)
+        topology = topology_of(config.smp)
+        self.boot = Boot(config, topology.apic_ids, chosen)
+        self.boot.load(self.memory)
+        for device, slot in zip(config.devices, chosen, strict=True):
+            virtio = create_device(config, device, self.loop)
+            self.slots.append(plug(virtio, device.id, slot, self.vm, self.memory, self.mmio, self.loop))
+        self._plug_legacy()
+        self.vcpus = create_vcpus(self.system, self.vm, topology, config.smp.max_cpus)
+        self.boot.enter(self.vcpus[0])
+
+    def _create_memory(self) -> GuestMemory:
+        regions: list[RamRegion] = []
+        for base, size in layout.ram_ranges(self.config.memory_size):
+            try:
+                host = HostMapping(size)
+            except HostError as error:
+                raise ConfigError(str(error), option="-m", value=f"{self.config.memory_size >> 20}M") from error
+            if not self.config.dump_guest_core:
+                host.dont_dump()
+            self.vm.add_memory(base, host.address, size)
+            regions.append(RamRegion(base, host))
+        return GuestMemory(regions)
+
+    # -- legacy devices
+
+    def _plug_legacy(self) -> None:
+        self._rtc = CmosRtc()
+        self.ports.claim(_CMOS_PORT, 2, self._rtc)
+        self.ports.claim(_KEYBOARD_DATA_PORT, 1, I8042(False, self._guest_reset))
+        self.ports.claim(layout.KEYBOARD_CONTROLLER_PORT, 1, I8042(True, self._guest_reset))
+        self.ports.claim(layout.SLEEP_CONTROL_PORT, 2, SleepControl(self._guest_power_off))
+        serial = self.config.serial
+        for chardev in self.config.chardevs.values():
+            self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
+        if serial is not None:
+            self._plug_serial(serial)
+
+    def _plug_serial(self, config: CharDeviceConfig) -> None:
+        from stratovirt.devices.serial import Serial
+
+        chardev = self.chardevs.get(config.id) if config.id else None
+        if chardev is None:
+            chardev = self._create_chardev(config, "-serial")
+            self.serial_chardev = chardev
+        self._serial = Serial(self.vm.create_irqfd(layout.SERIAL_IRQ), chardev, self._on_boot_time)
+        self.ports.claim(layout.SERIAL_PORT, layout.SERIAL_PORTS, self._serial)
+
+    def _create_chardev(self, config: CharDeviceConfig, option: str) -> CharDevice:
+        from stratovirt.backends.chardev import create
+
+        return create(config, self.loop, option)
+
+    def _on_boot_time(self, value: int) -> None:
+        phase = _BOOT_PHASES.get(value)
+        if phase is not None:
+            elapsed = (time.monotonic() - self._started_at) * 1000
+            log.LOG.guest_write(log.INFO, f"boot-time port, {value}", f"{phase}: {elapsed:.3f} ms after the process began", 2)
+
+    # -- life cycle
+
+    def start(self) -> None:
+        """Let the guest run, or with -S wait for `cont`. Thread: main."""
+        paused = self.config.freeze
+        self.threads = threads = VcpuThreads(self.vcpus, self.ports, self.mmio, self._on_vcpu_exit)
+        threads.start(paused)
+        self.state = PAUSED if paused else RUNNING
+        HaltWatch(self.loop, threads, lambda: self.state == RUNNING, lambda: self.shutdown(True, "guest-shutdown"))
+
+    def stop_vcpus(self) -> None:
+        self._running_threads().pause()
+
+    def continue_vcpus(self) -> None:
+        self._running_threads().resume()
+
+    def reset_hardware(self) -> None:
+        for occupied in self.slots:
+            occupied.transport.reset()
+        self._rtc.reset()
+        if self._serial is not None:
+            self._serial.reset()
+        for region in self.memory.regions:
+            region.host.discard()
+        self.boot.load(self.memory)
+        reset_processors(self.system, self.vm, self.vcpus)
+        self.boot.enter(self.vcpus[0])
+        self._running_threads().revive()
+
+    def vcpu_thread_ids(self) -> list[int]:
+        """Kernel thread ids, in the order of the vCPUs."""
+        return list(self._running_threads().thread_ids)
+
+    def _running_threads(self) -> VcpuThreads:
+        if self.threads is None:
+            raise StateError("this", self.state, RUNNING)
+        return self.threads
+
+    def close(self) -> None:
+        """Stop the vCPUs, write out what consoles still hold, give back terminal and sockets."""
+        if self.threads is not None:
+            try:
+                self.threads.stop()
+            except HostError as error:
+                log.error(str(error))
+        for chardev in (*self.chardevs.values(), self.serial_chardev):
+            if chardev is not None:
+                chardev.close()
+
+    # -- what the guest asks for, on vCPU threads
+
+    def _guest_reset(self) -> None:
+        self.loop.call_soon(self._do_guest_reset)
+
+    def _do_guest_reset(self) -> None:
+        if self.state not in (RUNNING, PAUSED):
+            return
+        if self.config.reboot_action == "reset":
+            self.reset(guest=True)
+        else:
+            self.shutdown(True, "guest-reset")
+
+    def _guest_power_off(self) -> None:
+        self.loop.call_soon(lambda: self.shutdown(True, "guest-shutdown"))
+
+    def _on_vcpu_exit(self, vcpu: KvmVcpu, why: str, errno: int) -> None:
+        if why == run_loop.SYSTEM_RESET:
+            self._guest_reset()
+        elif why == run_loop.TRIPLE_FAULT:
+            self.loop.call_soon(self._on_triple_fault)
+        elif why == run_loop.SYSTEM_SHUTDOWN:
+            self._guest_power_off()
+        else:
+            from stratovirt.hypervisor.kvm.exits import describe
+
+            text = describe(vcpu, self.memory, errno)
+            self.loop.call_soon(lambda: self._fail(text))
+
+    def _on_triple_fault(self) -> None:
+        if self.config.reboot_action == "reset":
+            self._do_guest_reset()
+        else:
+            self.shutdown(True, "guest-shutdown")
+
+    def _fail(self, text: str) -> None:
+        for line in text.splitlines():
+            log.error(line)
+        self.shutdown(False, "internal-error", 1)

@@ -1,0 +1,105 @@
+"""The process around a machine: signals that end it, going to the background, the pid file, and what is cleaned up.
+
+Facts about signals in CPython: the C handler only notes the signal; the Python handler runs on the main thread, between two
+bytecodes or when a system call of it returns EINTR. A signal may be delivered to a vCPU's thread, and then nothing would
+wake the main thread out of epoll. `set_wakeup_fd` closes that gap: the C handler writes a byte into a pipe the loop watches.
+"""
+
+from __future__ import annotations
+
+import os
+
+from stratovirt import log
+from stratovirt.errors import ConfigError, HostError
+from stratovirt.loop import READ
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+
+    from stratovirt.loop import EventLoop
+else:
+    import _signal  # without the enumerations that `signal` wraps around it: their import takes as long as building the VM
+
+TERMINATING = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
+
+
+def handle_signals(loop: EventLoop, on_terminate: Callable[[int], None]) -> None:
+    """From now on TERM, INT and HUP call `on_terminate(signal)` on the main thread, and SIGPIPE is an error of a write."""
+    read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def drain(_events: int) -> None:
+        try:
+            os.read(read_fd, 4096)
+        except BlockingIOError:
+            return  # an earlier read took it
+
+    loop.add(read_fd, READ, drain)
+    _signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    for signal in TERMINATING:
+        _signal.signal(signal, lambda number, _frame: on_terminate(number))
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
+
+
+class PidFile:
+    """`-pidfile`: the process id in decimal, mode 0600; it must not exist before and is removed at the end.
+
+    Raises: ConfigError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._owner = os.getpid()
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileExistsError as error:
+            raise ConfigError("the file exists already; another machine may be using it", option="-pidfile", value=path,
+                              accepted="a path that does not exist") from error
+        except (OSError, ValueError) as error:
+            why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            raise ConfigError(why, option="-pidfile", value=path) from error
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(str(self._owner))
+
+    def remove(self) -> None:
+        if os.getpid() == self._owner:
+            try:
+                os.unlink(self._path)
+            except FileNotFoundError:
+                log.warn(f"{self._path} was removed by somebody else")
+
+
+def daemonize() -> Callable[[str], None]:
+    """Go to the background: only the child returns, in a session of its own.
+
+    The parent stays until the child calls the returned function: with "" it exits with 0, because the guest runs; with a
+    message, or when the child dies, it prints the message and exits with 1. So whoever starts a machine learns whether it
+    started. Raises: HostError.
+    """
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = os.fork()
+    except OSError as error:
+        raise HostError.from_os("fork for -daemonize", error) from error
+    if pid:
+        os.close(write_fd)
+        with open(read_fd, encoding="utf-8", errors="replace") as pipe:
+            answer = pipe.read()
+        if answer != "ok":
+            os.write(2, (answer or "stratovirt: the background process ended before the guest ran\n").encode())
+        os._exit(0 if answer == "ok" else 1)
+    os.close(read_fd)
+    os.setsid()
+    if os.fork():  # not a session leader any more: it can never get a controlling terminal
+        os._exit(0)
+
+    def report(message: str) -> None:
+        os.write(write_fd, (message or "ok").encode())
+        os.close(write_fd)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+
+    return report
