@@ -1,0 +1,46 @@
+# Each target does all its own set-up on a bare Debian 12, as root or with sudo, and says what it does on stderr.
+# GNU make itself ends with status 2 whenever a command fails; the command's own status is in its last line
+# ("make: *** [run] Error 7"), and the scripts behind the targets (lab/stratovirt-run, lab/lab) end with it.
+
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+
+# The command's text goes through the environment as it was typed: neither make nor the shell reads its `$` or quotes.
+override CMD := $(value CMD)
+export STRATOVIRT_CMD := $(value CMD)
+unexport CMD
+
+.PHONY: help run lab test bench setup assets clean-cache
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run [CMD='…']               a microVM: a shell in it, or one command's output"
+	@echo "make lab [CMD='…'] [SHARE=dir] [ICOUNT=1] [DEADLINE=seconds]"
+	@echo "                                the emulated x86_64 host: a shell in it, or one command's output"
+	@echo "make test [TIER=unit|kvm|lab-x86|fuzz]   checks and tests; all tiers, or one"
+	@echo "make bench [BENCH=name]          side-by-side measurements, as JSON lines"
+	@echo "make setup                       packages, .venv and guest assets, without running anything"
+	@echo "make clean-cache                 remove built kernels, images and downloads"
+
+run:
+	@lab/stratovirt-run
+
+lab:
+	@SHARE='$(SHARE)' ICOUNT='$(ICOUNT)' DEADLINE='$(DEADLINE)' lab/lab
+
+test:
+	@lab/setup.sh base test venv
+	@$(PYTHON) tests/tiers.py $(TIER)
+
+bench:
+	@lab/setup.sh base guest lab venv
+	@$(PYTHON) -m benches.run $(BENCH)
+
+setup:
+	@lab/setup.sh base guest lab test venv
+	@$(PYTHON) -m guest.assets stock-elf stock-bzimage stock-initramfs microvm-initramfs root-disk >/dev/null
+	@$(PYTHON) -m lab.run --prepare
+
+clean-cache:
+	@rm -rf "$${STRATOVIRT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/stratovirt}"
