@@ -11,12 +11,15 @@ import termios
 
 import pytest
 
+import stratovirt
 from stratovirt.backends import chardev, listen
 from stratovirt.backends.chardev import OUTPUT_LIMIT, OUTPUT_LOW_WATER, CharDevice, create
 from stratovirt.backends.chardev_stdio import StdioCharDevice
 from stratovirt.config.vm import CharDeviceConfig
 from stratovirt.errors import ConfigError
 from stratovirt.loop import EventLoop
+
+SOURCES = os.path.dirname(os.path.dirname(stratovirt.__file__))
 
 
 @pytest.fixture
@@ -241,7 +244,7 @@ def test_no_termios_without_a_terminal():
             "d = StdioCharDevice(EventLoop()); d.write(b'ok'); d.close(); "
             "assert 'termios' not in sys.modules and 'socket' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True,
-                          env={"PYTHONPATH": "src"}, check=False)
+                          env={"PYTHONPATH": SOURCES}, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"ok", b"")
 
 

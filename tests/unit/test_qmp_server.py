@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+import stratovirt
 from stratovirt.config.vm import QmpConfig, SmpConfig, VmConfig
 from stratovirt.control import server as server_module
 from stratovirt.control.listener import QmpListener
@@ -21,6 +22,7 @@ from stratovirt.control.server import LeakyBucket
 from stratovirt.errors import ConfigError, HostError, StateError
 from stratovirt.loop import EventLoop
 
+SOURCES = os.path.dirname(os.path.dirname(stratovirt.__file__))
 GREETING = {"QMP": {"version": {"qemu": {"micro": 1, "minor": 0, "major": 5}, "package": "StratoVirt-2.5.0"},
                     "capabilities": []}}
 
@@ -165,12 +167,13 @@ def test_clients_may_connect_before_the_machine_is_served(setup):
     assert early.read(2) == [GREETING, {"return": {"running": True, "singlestep": False, "status": "running"}}]
 
 
-def test_binding_imports_nothing_heavy():
+def test_binding_imports_nothing_heavy(tmp_path):
     code = ("import sys; import stratovirt.control.listener as l; from stratovirt.config.vm import QmpConfig; "
             "q = l.QmpListener(QmpConfig(path=sys.argv[1])); q.bind(); q.close(); "
-            "print(*[m for m in ('json', 're', 'socket', 'asyncio', 'typing', 'stratovirt.control.server') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-S", "-c", code, f"/tmp/stratovirt-test-{os.getpid()}"], capture_output=True,
-                          text=True, env={"PYTHONPATH": "src"}, check=True)
+            "heavy = ('json', 're', 'socket', 'asyncio', 'typing', 'stratovirt.control.server'); "
+            "print(*[m for m in heavy if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-S", "-c", code, str(tmp_path / "s")],
+                          capture_output=True, text=True, env={"PYTHONPATH": SOURCES}, check=True)
     assert done.stdout.strip() == ""
 
 
