@@ -14,6 +14,8 @@ import time
 
 _STARTED_AT = time.monotonic()
 
+QMP_FLUSH_SECONDS = 1.0  # how long a client may take to read the last events
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,14 +96,11 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None) -> int:
         machine.start()
         if report is not None:
             report("")
-        if listeners:
-            from stratovirt.control.server import QmpServer
-
-            server = QmpServer(machine)
-            cleanup.append(server.close)
-            for listener in listeners:
-                server.serve(listener)
+        for listener in listeners:
+            listener.serve(machine)
         loop.run()
+        for listener in listeners:
+            listener.flush(QMP_FLUSH_SECONDS)
         return machine.exit_status
     finally:
         for release in reversed(cleanup):

@@ -112,6 +112,7 @@ class MicroVm(Lifecycle):
         if chardev is None:
             chardev = self._create_chardev(config, "-serial")
             self.serial_chardev = chardev
+            self.chardevs.setdefault("serial0", chardev)
         self._serial = Serial(self.vm.create_irqfd(layout.SERIAL_IRQ), chardev, self._on_boot_time)
         self.ports.claim(layout.SERIAL_PORT, layout.SERIAL_PORTS, self._serial)
 
