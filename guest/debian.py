@@ -60,7 +60,9 @@ def _release() -> str:
 def _resolve(meta: str) -> tuple[str, str]:
     """Follow a meta-package to the versioned package it depends on. Asks for fresh lists once when apt knows nothing."""
     for attempt in (1, 2):
-        shown = subprocess.run(["apt-cache", "show", "--no-all-versions", meta], capture_output=True, text=True, check=False).stdout
+        shown = subprocess.run(
+            ["apt-cache", "show", "--no-all-versions", meta], capture_output=True, text=True, check=False
+        ).stdout
         fields = dict(re.findall(r"^(Package|Version|Depends|Source): (.*)$", shown, re.MULTILINE))
         if fields:
             package = fields["Package"]

@@ -22,7 +22,10 @@ def folder() -> Path:
     source, version = _source()
     inputs: dict[str, str | bytes] = {"fragment": FRAGMENT.read_bytes(), "source": version, "recipe": RECIPE}
     return cache.entry(
-        "microvm-kernel", inputs, lambda target: _build(source, target), f"building the microVM kernel from {SOURCE_PACKAGE} {version}"
+        "microvm-kernel",
+        inputs,
+        lambda target: _build(source, target),
+        f"building the microVM kernel from {SOURCE_PACKAGE} {version}",
     )
 
 
@@ -55,7 +58,9 @@ def _build(source: Path, target: Path) -> None:
         def run(*command: str) -> None:
             done = subprocess.run(command, cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n" + "".join(log.read_text(errors="replace").splitlines(True)[-20:]))
+                raise RuntimeError(
+                    f"{' '.join(command)} failed:\n" + "".join(log.read_text(errors="replace").splitlines(True)[-20:])
+                )
 
         run("make", "-s", "tinyconfig")
         run("scripts/kconfig/merge_config.sh", "-m", ".config", str(FRAGMENT))

@@ -42,7 +42,9 @@ def main(arguments: list[str]) -> int:
     where.add_argument("--here", action="store_true", help="on this machine's own KVM, whatever the probe says")
     where.add_argument("--in-lab", action="store_true", help="in the lab, whatever the probe says")
     parser.add_argument("--vmm", choices=("stratovirt", "qemu"), default="stratovirt")
-    parser.add_argument("--kernel", choices=("stock-elf", "stock-bzimage", "microvm-elf", "microvm-bzimage"), default="stock-elf")
+    parser.add_argument(
+        "--kernel", choices=("stock-elf", "stock-bzimage", "microvm-elf", "microvm-bzimage"), default="stock-elf"
+    )
     parser.add_argument("--smp", type=int, default=1)
     parser.add_argument("--memory", type=int, default=256, help="MiB")
     parser.add_argument("command", nargs="?", default="")
@@ -91,7 +93,12 @@ def command_line(options: argparse.Namespace, work: Path) -> list[str]:
     else:
         line = [sys.executable, "-m", "stratovirt", "-machine", "microvm"]
     line += ["-smp", str(options.smp), "-m", str(options.memory), "-kernel", str(kernel), "-initrd", str(ram_disk)]
-    line += ["-append", words, "-drive", f"id=disk,file={disk},if=none,format=raw" if options.vmm == "qemu" else f"id=disk,file={disk},direct=off"]
+    line += [
+        "-append",
+        words,
+        "-drive",
+        f"id=disk,file={disk},if=none,format=raw" if options.vmm == "qemu" else f"id=disk,file={disk},direct=off",
+    ]
     line += ["-device", "virtio-blk-device,drive=disk,id=blk0", "-object", "rng-random,id=random,filename=/dev/urandom"]
     return [*line, "-device", "virtio-rng-device,rng=random,id=rng0", "-serial", "stdio"]
 
@@ -124,7 +131,9 @@ def run(line: list[str], command: str) -> int:
 def _in_lab(options: argparse.Namespace) -> int:
     from lab import run as lab_run
 
-    reason = "as asked" if options.in_lab else "this machine's KVM cannot run Linux" if os.path.exists("/dev/kvm") else "no /dev/kvm"
+    reason = (
+        "as asked" if options.in_lab else "this machine's KVM cannot run Linux" if os.path.exists("/dev/kvm") else "no /dev/kvm"
+    )
     cache.say(f"starting the microVM in the emulated host ({reason})")
     # Whatever needs building is built here: the lab has no network, and its cache is a copy that ends with it.
     assets.NAMES[options.kernel]()
@@ -133,7 +142,9 @@ def _in_lab(options: argparse.Namespace) -> int:
     words += ["--kernel", options.kernel, "--smp", str(options.smp), "--memory", str(options.memory)]
     if options.command:
         words += ["--", options.command]
-    return lab_run.run("exec " + shlex.join(words) if options.command else shlex.join(words), deadline=3600 if options.command else 86400)
+    return lab_run.run(
+        "exec " + shlex.join(words) if options.command else shlex.join(words), deadline=3600 if options.command else 86400
+    )
 
 
 def _writer(descriptor: int) -> guest_console.Sink:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from guest import cache
 from guest.cpio import Archive
+
 from lab import host
 
 TREE = Path(__file__).resolve().parent.parent
@@ -57,9 +58,7 @@ def main(arguments: list[str]) -> int:
     if options.share is not None and not options.share.is_dir():
         print(f"lab: --share {options.share}: not a directory", file=sys.stderr)
         return EXIT_LAB_FAILED
-    return run(
-        command or None, share=options.share, deadline=options.deadline, icount=options.icount, memory=options.memory
-    )
+    return run(command or None, share=options.share, deadline=options.deadline, icount=options.icount, memory=options.memory)
 
 
 def run(
