@@ -141,20 +141,24 @@ class Serial:
 
     def _write_data(self, value: int) -> None:
         char = self._char
-        with self._lock:
-            if self._lcr & LCR_DLAB:
-                self._dll = value
-                return
-            looped = self._mcr & MCR_LOOP
-            if looped:
+        if not self._lcr & LCR_DLAB and not self._mcr & MCR_LOOP:
+            if char is not None:
+                char.write(_BYTES[value])
+            if not self._ier & IER_THRE:
+                return  # nobody waits for THRE, and enabling it looks afresh: a kernel's early console ends here
+            with self._lock:
+                # `can_write` is looked at after the write; if the device has room again by now it has already told us so.
+                if char is None or char.can_write:
+                    self._thre_pending = True
+                edge = self._update_interrupt()
+        else:
+            with self._lock:
+                if self._lcr & LCR_DLAB:
+                    self._dll = value
+                    return
                 self._loop_back(value)
-        if not looped and char is not None:
-            char.write(_BYTES[value])
-        with self._lock:
-            # `can_write` is looked at after the write; if the device has room again by now it has already told us so.
-            if looped or char is None or char.can_write:
                 self._thre_pending = True
-            edge = self._update_interrupt()
+                edge = self._update_interrupt()
         if edge:
             self._irq.trigger()
 
