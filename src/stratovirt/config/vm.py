@@ -113,7 +113,7 @@ class VmConfig:
         self.initrd = ""
         self.kernel_cmdline = ""
         self.serial: CharDeviceConfig | None = None
-        self.chardevs: dict[str, CharDeviceConfig] = {}
+        self.chardevs: dict[str, CharDeviceConfig] = {}  # without those that -serial and -mon have taken
         self.drives: dict[str, DriveConfig] = {}
         self.rng_backends: dict[str, RngBackendConfig] = {}
         self.devices: list[DeviceConfig] = []

@@ -1,0 +1,152 @@
+"""What the interface has and this version not yet, declared with its limits.
+
+Not on the way to a running guest: imported for help, for the documentation, and to word an error (`cli/refusals.py`).
+"""
+
+from __future__ import annotations
+
+from stratovirt.config.schema import (
+    U8_MAX,
+    U32_MAX,
+    U64_MAX,
+    Bool,
+    Choice,
+    Group,
+    Int,
+    IntList,
+    Key,
+    Mac,
+    Path,
+    PowerOfTwo,
+    Size,
+    StrictBool,
+    String,
+)
+
+_BOOL, _STRICT, _STRING, _FD = Bool(), StrictBool(), String(), Int(0, (1 << 31) - 1)
+_ID = Key("id", _STRING, "the name by which other options and QMP refer to it", required=True)
+_CHARDEV = Key("chardev", _STRING, "the id of its -chardev", required=True)
+
+NETDEVS = {
+    "tap": Group("-netdev tap", "a tap device of the host", (
+        _ID,
+        Key("ifname", _STRING, "name of the tap device"),
+        Key("fd", _FD, "an open tap descriptor"),
+        Key("fds", IntList(1 << 20), "open tap descriptors, one for each queue pair"),
+        Key("path", Path(), "path of an auxiliary device"),
+        Key("queues", Int(1, 16), "queue pairs", 1),
+        Key("vhost", _BOOL, "let the host kernel move the packets", False),
+        Key("vhostfd", _FD, "an open /dev/vhost-net descriptor"),
+        Key("vhostfds", IntList(1 << 20), "open /dev/vhost-net descriptors"),
+        Key("macnat", _BOOL, "translate MAC addresses", False),
+    ), works=False),
+    "vhost-user": Group("-netdev vhost-user", "a network back end in another process", (
+        _ID,
+        _CHARDEV,
+        Key("queues", Int(1, 16), "queue pairs", 1),
+    ), works=False),
+}
+
+_MEMORY_BACKEND = (
+    _ID,
+    Key("size", Size(1), "bytes", required=True),
+    Key("host-nodes", IntList(128), "NUMA nodes of the host"),
+    Key("policy", Choice("default", "preferred", "bind", "interleave"), "how they are used", "default"),
+    Key("dump-guest-core", _BOOL, "let it be part of a core dump", True),
+    Key("mem-prealloc", _BOOL, "touch all of it at start", False),
+)
+OBJECTS = {
+    "iothread": Group("-object iothread", "a thread for devices; at most 8", (_ID,), works=False),
+    "memory-backend-ram": Group("-object memory-backend-ram", "anonymous memory", (
+        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", False)), works=False),
+    "memory-backend-memfd": Group("-object memory-backend-memfd", "memory in a memfd", (
+        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", True)), works=False),
+    "memory-backend-file": Group("-object memory-backend-file", "memory in a file", (
+        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", True),
+        Key("mem-path", Path(), "the file or hugetlbfs directory", required=True)), works=False),
+    "tls-creds-x509": Group("-object tls-creds-x509", "certificates for VNC", (
+        _ID,
+        Key("dir", Path(), "directory of the certificates", required=True),
+        Key("endpoint", Choice("server"), "side", "server"),
+        Key("verify-peer", _STRICT, "ask the client for a certificate", True),
+    ), works=False),
+    "authz-simple": Group("-object authz-simple", "who may use VNC", (
+        _ID,
+        Key("identity", _STRING, "name"),
+    ), works=False),
+}
+
+_VIRTIO_NET_QUEUE = PowerOfTwo(256, 4096)
+DEVICES = {
+    "virtio-net-device": Group("-device virtio-net-device", "a network interface", (
+        _ID,
+        Key("netdev", _STRING, "the id of its -netdev", required=True),
+        Key("mac", Mac(), "MAC address"),
+        Key("iothread", _STRING, "the iothread that serves it"),
+        Key("rx-iothread", _STRING, "the iothread for received packets"),
+        Key("tx-iothread", _STRING, "the iothread for sent packets"),
+        Key("mq", _BOOL, "several queue pairs", False),
+        Key("queue-size", _VIRTIO_NET_QUEUE, "descriptors in a queue", 256),
+        Key("vectors", Int(0, U32_MAX), "interrupt vectors", ignored=True),
+    ), works=False),
+    "virtio-serial-device": Group("-device virtio-serial-device", "controller of virtio consoles and ports", (
+        _ID,
+        Key("max-ports", Int(1, 31), "ports", 31, aliases=("max_ports",)),
+    ), works=False),
+    "virtconsole": Group("-device virtconsole", "console on a virtio-serial-device", (
+        _ID,
+        _CHARDEV,
+        Key("nr", Int(0, 30), "port number"),
+    ), works=False),
+    "virtserialport": Group("-device virtserialport", "port on a virtio-serial-device", (
+        _ID,
+        _CHARDEV,
+        Key("nr", Int(1, 30), "port number; 0 is for a console"),
+    ), works=False),
+    "virtio-balloon-device": Group("-device virtio-balloon-device", "takes memory back from the guest", (
+        _ID,
+        Key("deflate-on-oom", _STRICT, "give memory back before the guest runs out", False),
+        Key("free-page-reporting", _STRICT, "the guest tells which pages are free", False),
+        Key("auto-balloon", _STRICT, "inflate by the guest's own statistics", False),
+        Key("membuf-percent", Int(20, 80), "memory to leave free, with auto-balloon", 50),
+        Key("monitor-interval", Int(5, 300), "seconds between statistics", 10),
+    ), works=False),
+    "vhost-user-fs-device": Group("-device vhost-user-fs-device", "a shared directory, served by virtiofsd", (
+        _ID,
+        _CHARDEV,
+        Key("tag", String(35), "the name that the guest mounts", required=True),
+    ), works=False),
+    "vhost-user-blk-device": Group("-device vhost-user-blk-device", "a disk in another process", (
+        _ID,
+        _CHARDEV,
+        Key("num-queues", Int(1, 32), "request queues"),
+        Key("queue-size", PowerOfTwo(4, 1024), "descriptors in a queue", 256),
+        Key("bootindex", Int(0, U8_MAX), "rank in the boot order"),
+    ), works=False),
+    "vhost-vsock-device": Group("-device vhost-vsock-device", "sockets between host and guest", (
+        _ID,
+        Key("guest-cid", Int(3, U32_MAX), "the guest's address", required=True),
+        Key("vhostfd", _FD, "an open /dev/vhost-vsock descriptor"),
+    ), works=False),
+}
+
+# Devices of the machines with PCI, and of the desktop.
+PCI_DEVICES = (
+    "virtio-blk-pci", "vhost-user-blk-pci", "virtio-net-pci", "virtio-serial-pci", "virtio-balloon-pci", "virtio-mem-pci",
+    "virtio-pmem-pci", "virtio-rng-pci", "virtio-input-pci", "virtio-multitouch-pci", "vhost-user-fs-pci", "vhost-vsock-pci",
+    "virtio-scsi-pci", "pcie-root-port", "vfio-pci", "pvpanic", "virtio-gpu-pci", "vhost-user-gpu-pci", "nec-usb-xhci",
+    "ivshmem-scream", "pcie-demo-dev",
+)
+OTHER_DEVICES = (
+    "virtio-mem-device", "virtio-pmem-device", "virtio-input-device", "virtio-multitouch-device", "scsi-hd", "scsi-cd",
+    "ramfb", "usb-kbd", "usb-tablet", "usb-consumer", "usb-storage", "usb-uas", "usb-camera", "usb-host",
+)
+
+# Options that take a single value with a kind of their own.
+VALUES = {
+    "mem-path": Key("mem-path", Path(), ""),
+    "hardware-signature": Key("hardware-signature", Int(0, U32_MAX), ""),
+    "mod-test": Key("mod-test", Path(), ""),
+    "windows_emu_pid": Key("windows_emu_pid", Int(1, U64_MAX), ""),
+}
+INCOMING_SCHEMES = ("file", "unix", "tcp")

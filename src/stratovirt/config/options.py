@@ -1,0 +1,159 @@
+"""The declarations of every option value that a microVM of today can be built from.
+
+What the interface has and this version not yet is in `config/later.py`, which only help, documentation and the error for
+such an option import.
+"""
+
+from __future__ import annotations
+
+from stratovirt.config.schema import (
+    GIB,
+    MIB,
+    U8_MAX,
+    U64_MAX,
+    Bool,
+    Choice,
+    Flag,
+    Group,
+    Int,
+    Ipv4,
+    Key,
+    Path,
+    PowerOfTwo,
+    Size,
+    SocketPath,
+    String,
+)
+
+MAX_CPUS = 254
+MIN_MEMORY = 128 * MIB
+MAX_MEMORY = 512 * GIB
+MAX_QUEUES = 32
+SERIAL_NUMBER_SIZE = 20
+
+_BOOL = Bool()
+_STRING = String()
+_ID = Key("id", _STRING, "the name by which other options and QMP refer to it", required=True)
+_ACCEL = Choice("kvm", "kvm:tcg", "test")
+_HAVE_ACCEL = ("kvm", "kvm:tcg")
+
+MACHINE = Group("-machine", "the machine model and what holds for all of it", first="type", keys=(
+    Key("type", Choice("none", "microvm", "q35", "virt", fold=True), "machine model", "microvm", works=("microvm",)),
+    Key("accel", _ACCEL, "what runs the guest's instructions; kvm:tcg is taken as kvm", "kvm", works=_HAVE_ACCEL),
+    Key("dump-guest-core", _BOOL, "let guest memory be part of a core dump", True, aliases=("dump_guest_core",)),
+    Key("mem-share", _BOOL, "guest memory that another process can map", False, works=(False,)),
+    Key("usb", _BOOL, "a USB controller", False, works=(False,), refusal="this machine has no USB controller"),
+))
+
+ACCEL = Group("-accel", "what runs the guest's instructions, before -machine accel=", first="accel", keys=(
+    Key("accel", _ACCEL, "kvm; kvm:tcg is taken as kvm", "kvm", required=True, works=_HAVE_ACCEL),
+))
+
+_DERIVED = Int(0, MAX_CPUS)
+SMP = Group("-smp", "virtual CPUs and their topology; a count of 0 is derived from the others", first="cpus", keys=(
+    Key("cpus", Int(1, MAX_CPUS), "CPUs at start", required=True),
+    Key("maxcpus", _DERIVED, "the product of the counts below, at least cpus", 0),
+    Key("sockets", _DERIVED, "sockets", 0),
+    Key("dies", Int(1, MAX_CPUS), "dies in a socket", 1),
+    Key("clusters", Int(1, MAX_CPUS), "clusters in a die; on x86_64 they count as cores", 1),
+    Key("cores", _DERIVED, "cores in a cluster", 0),
+    Key("threads", _DERIVED, "threads in a core", 0),
+))
+
+CPU = Group("-cpu", "the CPU model that the guest sees", first="model", keys=(
+    Key("model", Choice("host"), "the host's own", required=True),
+    Key("pmu", _BOOL, "performance counters, on arm64", False, ignored=True),
+    Key("sve", _BOOL, "scalable vectors, on arm64", False, ignored=True),
+    Key("kvm-steal-time", _BOOL, "steal time, on arm64", False, ignored=True),
+))
+
+MEMORY = Group("-m", "guest memory", first="size", keys=(
+    Key("size", Size(MIN_MEMORY, MAX_MEMORY), "memory at start", 256 * MIB),
+    Key("maxmem", Size(MIN_MEMORY), "at least size; of use to virtio-mem devices only", ignored=True),
+))
+
+DRIVE = Group("-drive", "a disk image for a -device", keys=(
+    _ID,
+    Key("file", Path(), "the image: a regular file or a block device", required=True),
+    Key("if", Choice("none", "pflash"), "none: for a -device; pflash: firmware", "none", works=("none",)),
+    Key("unit", Int(0, 1), "which pflash", works=()),
+    Key("format", Choice("raw", "qcow2"), "image format; it is never guessed", "raw", works=("raw",)),
+    Key("readonly", _BOOL, "refuse writes", False),
+    Key("direct", _BOOL, "bypass the host's page cache; if left out, wherever the file system can"),
+    Key("aio", Choice("off", "native", "io_uring", "threads"), "how requests are carried out", "off", works=("off",)),
+    Key("media", Choice("disk", "cdrom"), "what the device shows", "disk", works=("disk",)),
+    Key("discard", _BOOL, "pass the guest's discards to the image", False, works=(False,)),
+    Key("detect-zeroes", Choice("off", "on", "unmap"), "turn writes of zeroes into holes", "off", works=("off",)),
+    Key("throttling.iops-total", Int(0, 1_000_000), "requests a second, 0 for no limit", 0, works=(0,)),
+    Key("l2-cache-size", Size(0, 32 * MIB), "memory for qcow2 tables", works=()),
+    Key("refcount-cache-size", Size(0, 32 * MIB), "memory for qcow2 reference counts", works=()),
+))
+
+_NEVER_WAITS = "the guest never waits for a client"
+_LISTEN = (
+    Key("server", Flag(), "listen", False),
+    Key("nowait", Flag(), "start the guest without waiting for a client", False),
+    Key("wait", _BOOL, "wait=off is QEMU's spelling of nowait", works=(False,), refusal=_NEVER_WAITS),
+)
+_CHARDEVS: tuple[tuple[str, str, tuple[Key, ...]], ...] = (
+    ("stdio", "standard input and output; a terminal is switched to raw mode", ()),
+    ("pty", "a new pseudo-terminal; query-chardev tells its name", ()),
+    ("file", "output at the end of a file, which is created if need be", (
+        Key("path", Path(), "the file", required=True),)),
+    ("socket", "one client at a time on a unix socket (path) or TCP (port)", (
+        Key("path", SocketPath(), "the unix socket"),
+        Key("host", Ipv4(), "the address to listen on; 0.0.0.0 if left out"),
+        Key("port", Int(1, 65535), "the TCP port"),
+        *_LISTEN)),
+    ("redirect-to-log", "every line of output becomes a line of the log", ()),
+)
+CHARDEVS = {kind: Group(f"-chardev {kind}", help, (_ID, *keys)) for kind, help, keys in _CHARDEVS}
+SERIALS = {kind: Group(f"-serial {kind}", help, keys) for kind, help, keys in _CHARDEVS}
+
+# `-qmp unix:PATH,…` and `-qmp tcp:HOST:PORT,…`: what stands before the first comma is a value of its own.
+QMP = Group("-qmp", "a QMP monitor on a socket", first="endpoint", keys=(
+    Key("endpoint", String(4200), "unix:PATH or tcp:IP:PORT", required=True),
+    *_LISTEN,
+    Key("iothread", _STRING, "the iothread that serves it", works=()),
+))
+QMP_PATH = Key("unix", SocketPath(), "the unix socket")
+QMP_HOST = Key("tcp", Ipv4(), "the address to listen on")
+QMP_PORT = Key("port", Int(1, 65535), "the TCP port")
+QMP_ACCEPTED = "unix:PATH,server,nowait or tcp:IP:PORT,server,nowait"
+
+MON = Group("-mon", "a QMP monitor on a -chardev socket", keys=(
+    Key("chardev", _STRING, "the id of a listening -chardev socket", required=True),
+    Key("mode", Choice("control"), "QMP", required=True),
+    Key("id", _STRING, "a name for it", ignored=True),
+))
+
+ACTION = Group("-action", "what becomes of the machine when the guest ends it", keys=(
+    Key("reboot", Choice("reset", "shutdown"), "start again in place, or end", "shutdown"),
+    Key("shutdown", Choice("poweroff"), "end", "poweroff"),
+))
+
+OBJECTS = {
+    "rng-random": Group("-object rng-random", "a source of random bytes on the host", (
+        _ID,
+        Key("filename", Path(), "a character device such as /dev/urandom", required=True),
+    )),
+}
+
+DEVICES = {
+    "virtio-blk-device": Group("-device virtio-blk-device", "a disk", (
+        _ID,
+        Key("drive", _STRING, "the id of its -drive", required=True),
+        Key("bootindex", Int(0, U8_MAX), "rank in the boot order; a microvm boots its -kernel", ignored=True),
+        Key("num-queues", Int(1, MAX_QUEUES), "request queues", 1, works=(1,)),
+        Key("iothread", _STRING, "the iothread that serves it", works=()),
+        Key("queue-size", PowerOfTwo(4, 1024), "descriptors in a queue", 256),
+        Key("serial", String(SERIAL_NUMBER_SIZE), "the serial number that the guest sees"),
+    )),
+    "virtio-rng-device": Group("-device virtio-rng-device", "random bytes for the guest", (
+        _ID,
+        Key("rng", _STRING, "the id of its -object rng-random", required=True),
+        Key("max-bytes", Int(1, U64_MAX), "bytes in a period, with period"),
+        Key("period", Int(1, U64_MAX), "milliseconds, with max-bytes"),
+    )),
+}
+MIN_RNG_RATE, MAX_RNG_RATE = 64, 1_000_000_000  # bytes a second
