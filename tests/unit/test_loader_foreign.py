@@ -169,6 +169,7 @@ def test_what_the_kernel_takes_as_initrd(data, name):
     (b"#!/bin/sh\n", "text"),
     (b"hello\n", "text"),
     (b"070707" + b"0" * 100, "newc"),
+    (b"\x04\x22\x4d\x18" + CONTENT, "lz4 -l"),
 ])
 def test_what_is_surely_no_initrd(data, said):
     with pytest.raises(ConfigError) as caught:

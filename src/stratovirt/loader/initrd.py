@@ -21,6 +21,8 @@ def identify_initrd(head: memoryview, path: str) -> str:
         return "cpio"
     from stratovirt.loader import foreign
 
+    if start.startswith(b"\x04\x22\x4d\x18"):
+        raise _refuse(path, "this is an lz4 frame, which Linux does not unpack; compress it with lz4 -l")
     name = foreign.compression(head)
     if name is not None:
         return name
