@@ -19,11 +19,12 @@ from stratovirt.hostmap import HostMapping
 from stratovirt.hypervisor.kvm import run_loop
 from stratovirt.hypervisor.kvm.system import KvmSystem
 from stratovirt.hypervisor.kvm.vm import KvmVm
+from stratovirt.machine import drivers
 from stratovirt.machine.boot import Boot
 from stratovirt.machine.cpus import create_vcpus, reset_processors, topology_of
 from stratovirt.machine.halt_watch import HaltWatch
 from stratovirt.machine.lifecycle import PAUSED, RUNNING, Lifecycle
-from stratovirt.machine.slots import assign_slots, create_device, plug
+from stratovirt.machine.slots import assign_slots, plug
 from stratovirt.machine.vcpus import VcpuThreads
 from stratovirt.memory import GuestMemory, RamRegion
 
@@ -71,8 +72,11 @@ class MicroVm(Lifecycle):
         topology = topology_of(config.smp)
         self.boot = Boot(config, topology.apic_ids, chosen)
         self.boot.load(self.memory)
+        for chardev in config.chardevs.values():
+            self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
+        around = drivers.Surroundings(config, self.memory, self.loop, self.chardevs)
         for device, slot in zip(config.devices, chosen, strict=True):
-            virtio = create_device(config, device, self.loop)
+            virtio = drivers.create(around, device)
             self.slots.append(plug(virtio, device.id, slot, self.vm, self.memory, self.mmio, self.loop))
         self._plug_legacy()
         self.vcpus = create_vcpus(self.system, self.vm, topology, config.smp.max_cpus)
@@ -100,8 +104,6 @@ class MicroVm(Lifecycle):
         self.ports.claim(layout.KEYBOARD_CONTROLLER_PORT, 1, I8042(True, self._guest_reset))
         self.ports.claim(layout.SLEEP_CONTROL_PORT, 2, SleepControl(self._guest_power_off))
         serial = self.config.serial
-        for chardev in self.config.chardevs.values():
-            self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
         if serial is not None:
             self._plug_serial(serial)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from stratovirt import log
 from stratovirt.arch.x86_64 import layout
-from stratovirt.backends.block import RawImage
-from stratovirt.errors import ConfigError, GuestError, HostError
+from stratovirt.errors import ConfigError, GuestError
 from stratovirt.loop import READ, EventLoop
-from stratovirt.virtio.block import VirtioBlock
+from stratovirt.machine.drivers import BLOCK, NET, slot_kind
 from stratovirt.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
 
 TYPE_CHECKING = False
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
 
     from stratovirt.address_map import AddressMap
     from stratovirt.arch.x86_64.layout import Slot
-    from stratovirt.config.vm import DeviceConfig, VmConfig
+    from stratovirt.config.vm import DeviceConfig
     from stratovirt.hypervisor.kvm.vm import KvmVm
     from stratovirt.memory import GuestMemory
     from stratovirt.virtio.device import VirtioDevice
 
-_BLOCK_SLOTS = range(4)
 _OTHER_SLOTS = range(6, layout.VIRTIO_SLOTS)
+_SLOTS_OF_KIND = {BLOCK: range(4), NET: range(4, 6)}
 
 
 class OccupiedSlot:
@@ -46,37 +45,14 @@ def assign_slots(devices: list[DeviceConfig]) -> list[Slot]:
     free = list(range(layout.VIRTIO_SLOTS))
     chosen: list[Slot] = []
     for device in devices:
-        own = _BLOCK_SLOTS if device.driver == "virtio-blk-device" else _OTHER_SLOTS
+        own = _SLOTS_OF_KIND.get(slot_kind(device), ())
         fitting = [number for number in (*own, *_OTHER_SLOTS) if number in free]
         if not fitting:
             raise ConfigError("no virtio-mmio slot is left", option="-device", value=f"{device.driver},id={device.id}",
-                              accepted=f"at most {len(_BLOCK_SLOTS) + len(_OTHER_SLOTS)} disks, "
-                              f"at most {len(_OTHER_SLOTS)} of all other devices")
+                              accepted=f"{len(own)} of its kind, and {len(_OTHER_SLOTS)} of any kind beyond those")
         free.remove(fitting[0])
         chosen.append(layout.slot(fitting[0]))
     return chosen
-
-
-def create_device(config: VmConfig, device: DeviceConfig, loop: EventLoop) -> VirtioDevice:
-    """The device that `device` describes, with its back end open. Raises: ConfigError."""
-    options = device.options
-
-    def report(error: HostError) -> None:
-        log.guest_warn(device.id, str(error))
-
-    if device.driver == "virtio-blk-device":
-        image = RawImage(config.drives[options.string("drive")])
-        return VirtioBlock(image, options.integer("queue-size"), options.optional_string("serial") or "", report)
-    if device.driver == "virtio-rng-device":
-        from stratovirt.backends.rng import RandomSource
-        from stratovirt.virtio.rng import VirtioRng
-
-        source = RandomSource(config.rng_backends[options.string("rng")])
-        max_bytes, period = options.optional_integer("max-bytes"), options.optional_integer("period")
-        rate = max_bytes * 1000 / period if max_bytes is not None and period is not None else None
-        return VirtioRng(source, loop, rate, report)
-    raise ConfigError("not supported yet", option="-device", value=device.driver,
-                      accepted="virtio-blk-device, virtio-rng-device")
 
 
 def plug(device: VirtioDevice, id: str, slot: Slot, vm: KvmVm, memory: GuestMemory, mmio: AddressMap,
