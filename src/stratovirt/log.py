@@ -5,7 +5,8 @@
 Times are UTC. The file is opened for appending with mode 0640; at 100 MiB or at a change of day it becomes `path1`, that
 one `path2`, and so on to `path6`. What a guest can cause goes through `guest_warn`, which lets one line a second per
 source pass and counts the rest: a guest cannot fill the host's disk. Control characters are escaped, because a log is
-read on terminals.
+read on terminals. A reader of stderr that is stuck costs lines, which are counted, and never the machine's time: no line
+is longer than what a pipe takes at once, and none but an error waits for room.
 
 Importing this module opens nothing and formats nothing; the level comes from STRATOVIRT_LOG_LEVEL when first needed.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import select
 import sys
 import time
 
@@ -29,7 +31,9 @@ LEVEL_NAMES = ("", "ERROR", "WARN", "INFO", "DEBUG", "TRACE")
 FILE_MODE = 0o640
 ROTATE_SIZE = 100 << 20
 FILES_KEPT = 7
-MAX_MESSAGE = 4096
+MAX_MESSAGE = 2048
+MAX_LINE = 4096  # PIPE_BUF: a pipe that polls writable takes it without blocking
+ERROR_WAIT_MS = 100
 GUEST_INTERVAL_NS = 1_000_000_000
 
 _DAY_NS = 86_400 * 1_000_000_000
@@ -130,23 +134,31 @@ class Log:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
         line = (
             f"{stamp}.{nanoseconds:09d}: [{os.getpid()}][{_thread.get_native_id()}][{where}]:{LEVEL_NAMES[level]}: "
-            f"{escape(message)}\n"
-        ).encode("utf-8", "backslashreplace")
+            f"{escape(message)}"
+        ).encode("utf-8", "backslashreplace")[: MAX_LINE - 1] + b"\n"
         with self._lock:
-            self._emit(line, now // _DAY_NS)
+            self._emit(line, now // _DAY_NS, ERROR_WAIT_MS if level == ERROR else 0)
 
-    def _emit(self, line: bytes, day: int) -> None:
+    def _emit(self, line: bytes, day: int, wait: int) -> None:
         try:
+            if not self._path and not self._writable(wait):
+                self._lost += 1
+                return
             if self._path:
                 if self._size and (self._size + len(line) > ROTATE_SIZE or day != self._day):
                     self._rotate(day)
                 self._size += len(line)
             if self._lost:
-                line = f"({self._lost} lines lost: the log could not be written)\n".encode() + line
-            os.write(self._fd, line)
+                line = f"({self._lost} lines lost) ".encode() + line
+            os.write(self._fd, line[-MAX_LINE:])
             self._lost = 0
         except (OSError, ConfigError):
             self._lost += 1  # a full disk must not end the machine; the count is told when there is room again
+
+    def _writable(self, wait: int) -> bool:
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        return bool(poller.poll(wait))
 
     def guest_write(self, level: int, source: str, message: str, depth: int = 1) -> None:
         """Log what a guest caused: at most one line a second for each `source`, which is a name from our own code."""

@@ -123,6 +123,23 @@ def test_a_full_disk_does_not_end_the_program_and_is_told_later(logger, tmp_path
     assert "2 lines lost" in text and text.endswith("back\n")
 
 
+def test_a_reader_of_stderr_that_is_stuck_costs_lines_and_not_time(clock):
+    logger = Log(INFO, clock)
+    reader, logger._fd = os.pipe()
+    for number in range(200):
+        logger.write(INFO, f"line {number} " + "\n" * 2000)
+    assert logger._lost > 0
+    got = os.read(reader, 1 << 20)
+    logger.write(INFO, "last")
+    got += os.read(reader, 1 << 20)
+    assert all(len(line) < 4096 and b"[test_log.py:" in line for line in got.splitlines())
+    assert re.search(rb"\((\d+) lines lost\) 2026.*last\n", got)
+    assert got.count(b"\n") + int(re.search(rb"\((\d+) lines lost", got)[1]) == 201
+    os.close(reader)
+    os.close(logger._fd)
+    logger._fd = 2
+
+
 def test_a_guest_gets_one_line_a_second_for_each_source(logger, clock):
     for _ in range(1000):
         logger.guest_write(WARN, "virtio-blk disk0", "bad descriptor")
@@ -151,7 +168,7 @@ def test_control_characters_are_escaped(text, shown):
 
 def test_a_long_message_is_cut(logger):
     logger.write(INFO, "\n" * 100_000)
-    assert logger.path.stat().st_size < 20_000
+    assert logger.path.stat().st_size <= log.MAX_LINE
 
 
 def test_importing_it_formats_and_opens_nothing():
