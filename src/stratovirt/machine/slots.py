@@ -68,7 +68,8 @@ def plug(device: VirtioDevice, id: str, slot: Slot, vm: KvmVm, memory: GuestMemo
         for index, fd in enumerate(transport.notify_fds):
             vm.add_ioeventfd(fd, base + QUEUE_NOTIFY, 4, index)
     for index, fd in enumerate(transport.notify_fds):
-        loop.add(fd, READ, _notifier(transport, index))
+        if index not in device.external_queues:
+            loop.add(fd, READ, _notifier(transport, index))
     return OccupiedSlot(id, slot, device, transport)
 
 

@@ -53,6 +53,8 @@ class VirtioDevice:
     device_id = 0
     name = "virtio"
     queue_sizes: tuple[int, ...] = ()
+    external_queues: frozenset[int] = frozenset()
+    """Queues that somebody else serves (the kernel's vhost, another process): their notifications do not come here."""
 
     def __init__(self) -> None:
         self.features = 1 << F_VERSION_1
