@@ -178,6 +178,12 @@ class MicroVm(Lifecycle):
             if chardev is not None:
                 chardev.close()
 
+    def close_behind(self) -> None:
+        """The process is about to end: KVM shall take the machine apart without keeping anybody waiting."""
+        from stratovirt.hypervisor.kvm.teardown import close_behind
+
+        close_behind(self.vm.fd)
+
     # -- what the guest asks for, on vCPU threads
 
     def _guest_reset(self) -> None:

@@ -11,7 +11,6 @@ from stratovirt.arch.x86_64 import layout
 from stratovirt.errors import ConfigError, GuestError
 from stratovirt.loop import READ, EventLoop
 from stratovirt.machine.drivers import BLOCK, NET, slot_kind
-from stratovirt.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from stratovirt.hypervisor.kvm.vm import KvmVm
     from stratovirt.memory import GuestMemory
     from stratovirt.virtio.device import VirtioDevice
+    from stratovirt.virtio.mmio import VirtioMmio
 
 _OTHER_SLOTS = range(6, layout.VIRTIO_SLOTS)
 _SLOTS_OF_KIND = {BLOCK: range(4), NET: range(4, 6)}
@@ -58,6 +58,7 @@ def assign_slots(devices: list[DeviceConfig]) -> list[Slot]:
 def plug(device: VirtioDevice, id: str, slot: Slot, vm: KvmVm, memory: GuestMemory, mmio: AddressMap,
          loop: EventLoop) -> OccupiedSlot:
     """Wire a device into its slot: registers in both windows, one interrupt, an ioeventfd for each queue and window."""
+    from stratovirt.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
 
     def report(error: GuestError) -> None:
         log.guest_warn(id, str(error))
