@@ -37,7 +37,12 @@ class ConfigError(StratoVirtError):
     def __str__(self) -> str:
         where = self.option if self.value is None else f"{self.option} {self.value}".strip()
         text = f"{where}: {self.problem}" if where else self.problem
-        return f"{text} (accepted: {self.accepted})" if self.accepted else text
+        if self.accepted:
+            text = f"{text} (accepted: {self.accepted})"
+        if text.isprintable():
+            return text
+        # What a user typed stays on one line and sends nothing to the terminal but letters.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class HostError(StratoVirtError):

@@ -30,7 +30,7 @@ def split_arguments(arguments: list[str]) -> dict[str, list[str]]:
         if option is None or word[:1] != "-":
             name = word[1:] if word[:1] == "-" else word
             raise ConfigError(f"Found argument '{name}' which wasn't expected, or isn't valid in the context",
-                              option=word, accepted=ASK_HELP)
+                              option=word or "''", accepted=ASK_HELP)
         position += 1
         start = position
         while position < count and arguments[position][:1] != "-":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import textwrap
 
 from stratovirt import __version__
 from stratovirt.cli.options import OPTIONS
 from stratovirt.config import later, options
-from stratovirt.config.schema import Group, Key
+from stratovirt.config.schema import IGNORED, Group, Key
 from stratovirt.errors import ConfigError
 
 _USAGE = """\
@@ -21,8 +22,7 @@ Example:
   stratovirt -machine microvm -smp 2 -m 512M -kernel vmlinuz -initrd initrd.img \\
     -append "console=ttyS0 reboot=k panic=1" -serial stdio \\
     -drive id=root,file=root.img -device virtio-blk-device,id=disk0,drive=root \\
-    -qmp unix:/run/vm.sock,server,nowait
-"""
+    -qmp unix:/run/vm.sock,server,nowait"""
 
 _GROUPS = {group.title: group for group in (
     options.MACHINE, options.ACCEL, options.SMP, options.CPU, options.MEMORY, options.DRIVE, options.QMP, options.MON,
@@ -46,10 +46,12 @@ def usage(width: int = 100) -> str:
             section = option.section
             lines += ["", f"{section}:"]
         lines += _columns(f"-{option.name} {option.value}".rstrip(), option.help, width)
-    lines += ["", "Accepted, without effect: " + ", ".join(
-        f"-{option.name}" for option in OPTIONS.values() if not option.section and option.takes != "no value")]
-    lines += ["", "Keys of a device or object: stratovirt -device DRIVER,help; -object TYPE,help; lists: -device help, "
-                  "-object help, -chardev help.", ""]
+    ignored = ", ".join(f"-{option.name}" for option in OPTIONS.values() if not option.section and option.status is IGNORED)
+    for text in (f"Accepted, without effect: {ignored}.",
+                 "What there is: -device help, -object help, -chardev help; the keys of one: -device DRIVER,help, "
+                 "-object TYPE,help, -chardev KIND,help, -machine help, -drive help."):
+        lines += ["", *textwrap.wrap(text, width)]
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -62,7 +64,13 @@ def _columns(left: str, right: str, width: int, column: int = 34) -> list[str]:
 
 
 def _print(text: str) -> int:
-    print(text, end="" if text.endswith("\n") else "\n")
+    """Whole lines on stdout, as UTF-8 whatever the locale; a reader that has gone (`| head`) is no error."""
+    data = memoryview((text.rstrip("\n") + "\n").encode())
+    try:
+        while data:
+            data = data[os.write(1, data) :]
+    except BrokenPipeError:
+        pass
     return 0
 
 

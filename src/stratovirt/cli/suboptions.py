@@ -70,4 +70,4 @@ def _unknown_key(group: Group, name: str, word: str) -> ConfigError:
         return ConfigError(f"Should not set {name}: a virtio-mmio device has no place on a bus", option=group.title, value=word,
                            accepted="leaving it out")
     return ConfigError(f"Found argument '{name}' which wasn't expected, or isn't valid in the context" if name else "empty key",
-                       option=group.title, value=word, accepted=", ".join(key.name for key in group.keys))
+                       option=group.title, value=word, accepted=", ".join(key.name for key in group.keys) or "nothing more")

@@ -153,7 +153,7 @@ def size_text(size: int) -> str:
     for letter in ("G", "M", "K"):
         if size and size % _UNITS[letter] == 0:
             return f"{size // _UNITS[letter]}{letter}"
-    return f"{size} bytes"
+    return f"{size} bytes" if size else "0"
 
 
 class Size(Kind):
