@@ -1,0 +1,69 @@
+"""Every virtio device there is, ready for a driver, with a back end in a temporary directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stratovirt.backends.block import RawImage
+from stratovirt.backends.rng import RandomSource
+from stratovirt.config.vm import DriveConfig, RngBackendConfig
+from stratovirt.errors import HostError
+from stratovirt.loop import EventLoop
+from stratovirt.memory import GuestMemory
+from stratovirt.virtio.block import VirtioBlock
+from stratovirt.virtio.rng import VirtioRng
+from unit.virtio_driver import Driver
+
+SECTOR = 512
+
+
+def disk_content(sectors: int) -> bytes:
+    """Bytes that tell where they belong: every sector differs."""
+    return b"".join(number.to_bytes(8, "little") * (SECTOR // 8) for number in range(sectors))
+
+
+class BlockDriver(Driver):
+    """virtio-blk over a file; `host_errors` holds what the image reported."""
+
+    def __init__(self, folder: Path, sectors: int = 64, readonly: bool = False, direct: bool | None = False,
+                 queue_size: int = 256, serial: str = "disk-1", memory: GuestMemory | None = None) -> None:
+        self.path = folder / "disk.img"
+        if not self.path.exists():
+            self.path.write_bytes(disk_content(sectors))
+        self.image = RawImage(DriveConfig("d0", str(self.path), readonly, direct))
+        self.host_errors: list[HostError] = []
+        super().__init__(VirtioBlock(self.image, queue_size, serial, self.host_errors.append), memory)
+
+    def close(self) -> None:
+        super().close()
+        self.image.close()
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class RngDriver(Driver):
+    """virtio-rng over `filename`, on a loop whose clock stands still until the test moves it."""
+
+    def __init__(self, rate: float | None = None, filename: str = "/dev/urandom", memory: GuestMemory | None = None) -> None:
+        self.clock = FakeClock()
+        self.loop = EventLoop(self.clock)
+        self.source = RandomSource(RngBackendConfig("r0", filename))
+        self.host_errors: list[HostError] = []
+        super().__init__(VirtioRng(self.source, self.loop, rate, self.host_errors.append), memory)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass and the timers that are due fire; then serve the device."""
+        self.clock.now += seconds
+        self.loop.run_once(0)
+        self.serve()
+
+    def close(self) -> None:
+        super().close()
+        self.source.close()
+        self.loop.close()
