@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import signal
 import struct
 import time
 
@@ -24,6 +23,12 @@ from stratovirt.hypervisor.kvm.system import CPUID_ENTRY_SIZE, KvmSystem
 from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
 from stratovirt.hypervisor.kvm.vm import KvmVm
 from stratovirt.memory import GuestMemory, RamRegion
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+else:
+    import _signal  # see process.py
 
 SECONDS = 2.0  # the probe takes a millisecond; a KVM that is not done by then is not usable
 
@@ -122,13 +127,13 @@ def _has_xsave(cpuid: bytes) -> bool:
 
 
 def _run(vcpu: KvmVcpu, memory: GuestMemory) -> Verdict:
-    before = signal.signal(signal.SIGALRM, lambda *_: None)  # its arrival alone takes the vCPU out of KVM_RUN
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS / 4)
+    before = _signal.signal(_signal.SIGALRM, lambda *_: None)  # its arrival alone takes the vCPU out of KVM_RUN
+    _signal.setitimer(_signal.ITIMER_REAL, SECONDS, SECONDS / 4)
     try:
         return _until_halt(vcpu, memory, time.monotonic() + SECONDS)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        _signal.signal(_signal.SIGALRM, before)
 
 
 def _until_halt(vcpu: KvmVcpu, memory: GuestMemory, deadline: float) -> Verdict:
