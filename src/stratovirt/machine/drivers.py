@@ -1,0 +1,90 @@
+"""From a `-device` to the device: one function a driver, and the kind of slot that each takes.
+
+A driver's modules are imported by its function, so that a machine pays only for the devices it has.
+"""
+
+from __future__ import annotations
+
+from stratovirt import log
+from stratovirt.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stratovirt.backends.chardev import CharDevice
+    from stratovirt.config.vm import DeviceConfig, VmConfig
+    from stratovirt.errors import HostError
+    from stratovirt.loop import EventLoop
+    from stratovirt.memory import GuestMemory
+    from stratovirt.virtio.device import VirtioDevice
+
+BLOCK, NET, OTHER = "block", "net", "other"
+
+
+class Surroundings:
+    """What a device may be given: the configuration around it, the machine's memory, loop and character devices."""
+
+    __slots__ = ("chardevs", "config", "loop", "memory")
+
+    def __init__(self, config: VmConfig, memory: GuestMemory, loop: EventLoop, chardevs: dict[str, CharDevice]) -> None:
+        self.config = config
+        self.memory = memory
+        self.loop = loop
+        self.chardevs = chardevs
+
+
+def _reporter(id: str) -> Callable[[HostError], None]:
+    return lambda error: log.guest_warn(id, str(error))
+
+
+def _create_block(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.backends.block import RawImage
+    from stratovirt.virtio.block import VirtioBlock
+
+    options = device.options
+    image = RawImage(around.config.drives[options.string("drive")])
+    serial = options.optional_string("serial") or ""
+    return VirtioBlock(image, options.integer("queue-size"), serial, _reporter(device.id))
+
+
+def _create_rng(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.backends.rng import RandomSource
+    from stratovirt.virtio.rng import VirtioRng
+
+    options = device.options
+    source = RandomSource(around.config.rng_backends[options.string("rng")])
+    max_bytes, period = options.optional_integer("max-bytes"), options.optional_integer("period")
+    rate = max_bytes * 1000 / period if max_bytes is not None and period is not None else None
+    return VirtioRng(source, around.loop, rate, _reporter(device.id))
+
+
+def _create_vsock(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.virtio.vsock import VhostVsock, open_backend
+
+    guest_cid = device.options.integer("guest-cid")
+    backend = open_backend(guest_cid, device.options.optional_integer("vhostfd"), around.memory)
+    return VhostVsock(backend, guest_cid, around.loop, _reporter(device.id))
+
+
+DRIVERS: dict[str, tuple[str, Callable[[Surroundings, DeviceConfig], VirtioDevice]]] = {
+    "virtio-blk-device": (BLOCK, _create_block),
+    "virtio-rng-device": (OTHER, _create_rng),
+    "vhost-vsock-device": (OTHER, _create_vsock),
+}
+
+
+def create(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    """The device that `device` describes, with its back end open. Raises: ConfigError."""
+    return _driver(device)[1](around, device)
+
+
+def slot_kind(device: DeviceConfig) -> str:
+    return _driver(device)[0]
+
+
+def _driver(device: DeviceConfig) -> tuple[str, Callable[[Surroundings, DeviceConfig], VirtioDevice]]:
+    driver = DRIVERS.get(device.driver)
+    if driver is None:
+        raise ConfigError("not supported yet", option="-device", value=device.driver, accepted=", ".join(DRIVERS))
+    return driver
