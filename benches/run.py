@@ -1,0 +1,39 @@
+"""Runs benches by name: `python -m benches.run [--count N] [NAME…]`; all of them without a name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from benches import imports, phases, start
+from benches.report import BenchError
+
+BENCHES: dict[str, Callable[[int], None]] = {
+    "start": start.run,
+    "imports": imports.run,
+    "phases": phases.run,
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benches.run", description="Side-by-side measurements, JSON lines on stdout.")
+    parser.add_argument("--count", type=int, default=20, help="runs of each command (default 20)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
+    options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error("--count must be at least 1")
+    unknown = [name for name in options.names if name not in BENCHES]
+    if unknown:
+        parser.error(f"no bench is called {unknown[0]}; there are: {', '.join(BENCHES)}")
+    try:
+        for name in options.names or BENCHES:
+            BENCHES[name](options.count)
+    except BenchError as error:
+        print(f"benches: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
