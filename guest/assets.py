@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from guest import bzimage, cache, debian, initramfs, microvm_kernel
+from guest import bzimage, cache, debian, initramfs, microvm_kernel, vsockcat
 
 CLOUD_PACKAGE = "linux-image-cloud-amd64"
 
@@ -61,6 +61,7 @@ NAMES: dict[str, Callable[[], Path]] = {
     "microvm-flat": microvm_flat,
     "microvm-initramfs": initramfs.small,
     "root-disk": initramfs.root_disk,
+    "vsockcat": vsockcat.disk,
 }
 
 

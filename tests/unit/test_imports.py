@@ -17,7 +17,7 @@ LAYERS = (
     ("control",),
     ("machine",),
     ("virtio", "devices"),
-    ("backends",),
+    ("backends", "vhost"),
     ("loader", "firmware", "arch", "hypervisor"),
     ("memory", "address_map", "loop", "hostmap"),
     ("log",),

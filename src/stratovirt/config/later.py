@@ -123,11 +123,6 @@ DEVICES = {
         Key("queue-size", PowerOfTwo(4, 1024), "descriptors in a queue", 256),
         Key("bootindex", Int(0, U8_MAX), "rank in the boot order"),
     ), works=False),
-    "vhost-vsock-device": Group("-device vhost-vsock-device", "sockets between host and guest", (
-        _ID,
-        Key("guest-cid", Int(3, U32_MAX), "the guest's address", required=True),
-        Key("vhostfd", _FD, "an open /dev/vhost-vsock descriptor"),
-    ), works=False),
 }
 
 # Devices of the machines with PCI, and of the desktop.

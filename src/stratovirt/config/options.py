@@ -10,6 +10,7 @@ from stratovirt.config.schema import (
     GIB,
     MIB,
     U8_MAX,
+    U32_MAX,
     U64_MAX,
     Bool,
     Choice,
@@ -34,6 +35,7 @@ SERIAL_NUMBER_SIZE = 20
 _BOOL = Bool()
 _STRING = String()
 _ID = Key("id", _STRING, "the name by which other options and QMP refer to it", required=True)
+_FD = Int(0, (1 << 31) - 1)
 _ACCEL = Choice("kvm", "kvm:tcg", "test")
 _HAVE_ACCEL = ("kvm", "kvm:tcg")
 
@@ -154,6 +156,11 @@ DEVICES = {
         Key("rng", _STRING, "the id of its -object rng-random", required=True),
         Key("max-bytes", Int(1, U64_MAX), "bytes in a period, with period"),
         Key("period", Int(1, U64_MAX), "milliseconds, with max-bytes"),
+    )),
+    "vhost-vsock-device": Group("-device vhost-vsock-device", "sockets between host and guest", (
+        _ID,
+        Key("guest-cid", Int(3, U32_MAX), "the guest's address", required=True),
+        Key("vhostfd", _FD, "an open /dev/vhost-vsock descriptor"),
     )),
 }
 MIN_RNG_RATE, MAX_RNG_RATE = 64, 1_000_000_000  # bytes a second

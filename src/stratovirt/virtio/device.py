@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from stratovirt.virtio.queue import Chain, Virtqueue
 
     class Transport(Protocol):
+        @property
+        def notify_fds(self) -> list[int]:
+            """The eventfd that each queue's notification arrives on."""
+
         def notify_used(self) -> None:
             """Interrupt the driver: buffers were used."""
 
