@@ -180,6 +180,15 @@ class Virtqueue:
         self._next_used = (self._next_used + 1) & 0xFFFF
         self._used16[self._used_index + 1] = self._next_used
 
+    def push_all(self, entries: list[tuple[int, int]]) -> None:
+        """Return several chains, (head, written) each, with one store of the index: the driver sees all of them or none."""
+        index = self._next_used
+        for head, written in entries:
+            _USED_ELEMENT.pack_into(self._used_ram, self._used_offset + 4 + 8 * (index % self.size), head, written)
+            index = (index + 1) & 0xFFFF
+        self._next_used = index
+        self._used16[self._used_index + 1] = index
+
     def needs_interrupt(self) -> bool:
         """Does the driver want to hear about what was pushed since the last call?"""
         new, old = self._next_used, self._last_signalled
