@@ -29,6 +29,8 @@ WRITE = select.EPOLLOUT
 HANGUP = select.EPOLLHUP
 ERROR = select.EPOLLERR
 
+_LONGEST_WAIT = 86400.0  # epoll counts milliseconds in an int: a wait of more than 24 days would be an error
+
 
 class Timer:
     """A call at a deadline. `cancel` is idempotent and may be called from the timer's own callback."""
@@ -98,7 +100,7 @@ class EventLoop:
             self._timers.pop(0)
         if not self._timers:
             return -1.0
-        return max(0.0, self._timers[0].deadline - self.clock())
+        return min(max(0.0, self._timers[0].deadline - self.clock()), _LONGEST_WAIT)
 
     # -- other threads
 
