@@ -39,24 +39,42 @@ class _RequestError(Exception):
 
 
 class VirtioBlock(VirtioDevice):
-    """One disk with one request queue. `on_error` hears of I/O errors of the image, for the log."""
+    """One disk with one request queue. `on_error` hears of I/O errors of the image, for the log.
+
+    Without an image it is a drive with nothing in it, of capacity 0; `replace_image` changes what is in it at any time.
+    """
 
     device_id = 2
     name = "virtio-blk"
 
-    def __init__(self, image: RawImage, queue_size: int = 256, serial: str = "",
+    def __init__(self, image: RawImage | None, queue_size: int = 256, serial: str = "",
                  on_error: Callable[[HostError], None] | None = None) -> None:
         super().__init__()
-        self.image = image
         self.queue_sizes = (queue_size,)
-        self.serial = serial.encode("ascii", "replace")[:SERIAL_SIZE].ljust(SERIAL_SIZE, b"\0")
-        self.sectors = image.size // SECTOR_SIZE
         self._on_error = on_error
         self.features |= 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX | 1 << F_FLUSH | 1 << F_SEG_MAX
-        if image.readonly:
-            self.features |= 1 << F_RO
+        self._insert(image, serial)
+
+    def _insert(self, image: RawImage | None, serial: str) -> None:
+        self.image = image
+        self.serial = serial.encode("ascii", "replace")[:SERIAL_SIZE].ljust(SERIAL_SIZE, b"\0")
+        self.sectors = image.size // SECTOR_SIZE if image is not None else 0
+        # A driver that has negotiated already does not see this bit change: its writes to a read-only image fail.
+        self.features = self.features & ~(1 << F_RO) | (1 << F_RO if image is not None and image.readonly else 0)
         # two descriptors of every request are header and status
-        self.config = _CONFIG.pack(self.sectors, 0, max(queue_size - 2, 1), SECTOR_SIZE, 0, 1)
+        self.config = _CONFIG.pack(self.sectors, 0, max(self.queue_sizes[0] - 2, 1), SECTOR_SIZE, 0, 1)
+
+    def replace_image(self, image: RawImage | None, serial: str = "") -> RawImage | None:
+        """Change what is in the drive; returns what was. Requests in flight are finished, and the driver is told.
+
+        The image that is returned is no longer used, and the caller's to close. Thread: the main loop's.
+        """
+        with self._work:
+            old = self.image
+            self._insert(image, serial)
+        if self.transport is not None:
+            self.transport.notify_config()
+        return old
 
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
         if chain.readable_length < _HEADER.size or chain.writable_length < 1:
@@ -65,21 +83,24 @@ class VirtioBlock(VirtioDevice):
         header, data_out = split(chain.readable, _HEADER.size)
         data_in, status = split(chain.writable, chain.writable_length - 1)
         kind, _, sector = _HEADER.unpack(b"".join(header))
+        image = self.image
         written = 0
         try:
-            if kind == T_IN:
+            if image is None and kind in (T_IN, T_OUT, T_FLUSH):
+                raise _RequestError
+            if kind == T_IN and image is not None:
                 length = chain.writable_length - 1
-                self.image.read(data_in, self._position(sector, length))
+                image.read(data_in, self._position(sector, length))
                 written = length
-            elif kind == T_OUT:
-                if self.image.readonly:
+            elif kind == T_OUT and image is not None:
+                if image.readonly:
                     raise _RequestError
-                self.image.write(data_out, self._position(sector, chain.readable_length - _HEADER.size))
+                image.write(data_out, self._position(sector, chain.readable_length - _HEADER.size))
                 if not self.driver_features >> F_FLUSH & 1:
-                    self.image.flush()  # a driver that cannot flush expects a write-through disk (5.2.6.2)
-            elif kind == T_FLUSH:
-                if not self.image.readonly:
-                    self.image.flush()
+                    image.flush()  # a driver that cannot flush expects a write-through disk (5.2.6.2)
+            elif kind == T_FLUSH and image is not None:
+                if not image.readonly:
+                    image.flush()
             elif kind == T_GET_ID:
                 written = self._get_id(data_in)
             else:
