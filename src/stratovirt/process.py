@@ -59,8 +59,13 @@ class PidFile:
         except (OSError, ValueError) as error:
             why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
             raise ConfigError(why, option="-pidfile", value=path) from error
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(str(self._owner))
+        try:
+            os.write(fd, str(self._owner).encode())
+        except OSError as error:
+            os.unlink(path)
+            raise ConfigError(os.strerror(error.errno or 0), option="-pidfile", value=path) from error
+        finally:
+            os.close(fd)
 
     def remove(self) -> None:
         if os.getpid() == self._owner:
@@ -91,7 +96,12 @@ def daemonize() -> Callable[[str], None]:
         os._exit(0 if answer == "ok" else 1)
     os.close(read_fd)
     os.setsid()
-    if os.fork():  # not a session leader any more: it can never get a controlling terminal
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.write(write_fd, f"stratovirt: {HostError.from_os('fork for -daemonize', error)}\n".encode())
+        os._exit(1)
+    if pid:  # not a session leader any more: it can never get a controlling terminal
         os._exit(0)
 
     def report(message: str) -> None:

@@ -65,7 +65,8 @@ def test_a_released_range_is_free_again() -> None:
     assert bus.read(0x109, 1) == 1
 
 
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 8)), max_size=12), st.integers(0, 70), st.sampled_from((1, 2, 4, 8)))
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 8)), max_size=12), st.integers(0, 70),
+       st.sampled_from((1, 2, 4, 8)))
 def test_lookup_agrees_with_a_plain_search(wanted: list[tuple[int, int]], address: int, size: int) -> None:
     bus, kept = AddressMap(), []
     for base, length in wanted:
@@ -78,5 +79,6 @@ def test_lookup_agrees_with_a_plain_search(wanted: list[tuple[int, int]], addres
         else:
             assert not overlaps
             kept.append((base, length, device))
-    expected = [(device, address - base) for base, length, device in kept if base <= address and address + size <= base + length]
+    expected = [(device, address - base) for base, length, device in kept
+                if base <= address and address + size <= base + length]
     assert bus.find(address, size) == (expected[0] if expected else None)
