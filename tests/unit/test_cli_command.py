@@ -265,14 +265,12 @@ NOT_YET = [
     ("-mem-path /dev/hugepages", "-mem-path", "/dev/hugepages"),
     ("-mem-prealloc", "-mem-prealloc", None),
     ("-incoming file:/snapshot", "-incoming", "file:/snapshot"),
-    ("-netdev tap,id=n,ifname=tap0", "-netdev tap", "id=n,ifname=tap0"),
+    ("-netdev tap,id=n,ifname=tap0,queues=2", "-netdev tap,queues", "2"),
+    ("-netdev tap,id=n,ifname=tap0,vhost=on", "-netdev tap,vhost", "on"),
     ("-netdev vhost-user,id=n,chardev=c", "-netdev vhost-user", "id=n,chardev=c"),
-    ("-object iothread,id=i", "-object iothread", "id=i"),
     ("-object memory-backend-ram,id=m,size=1G", "-object memory-backend-ram", "id=m,size=1G"),
-    ("-device virtio-net-device,id=n,netdev=n,mac=02:42:ac:11:00:02", "-device virtio-net-device",
-     "id=n,netdev=n,mac=02:42:ac:11:00:02"),
-    ("-device vhost-vsock-device,id=v,guest-cid=4294967295,vhostfd=3", "-device vhost-vsock-device",
-     "id=v,guest-cid=4294967295,vhostfd=3"),
+    ("-device virtio-net-device,id=n,netdev=n,mq=on", "-device virtio-net-device,mq", "on"),
+    ("-device virtio-net-device,id=n,netdev=n,rx-iothread=i", "-device virtio-net-device,rx-iothread", "i"),
     ("-device virtio-balloon-device,id=b,deflate-on-oom=true", "-device virtio-balloon-device", "id=b,deflate-on-oom=true"),
     ("-device virtio-serial-device,id=s,max_ports=31", "-device virtio-serial-device", "id=s,max_ports=31"),
     ("-device virtconsole,id=c,chardev=x,nr=0", "-device virtconsole", "id=c,chardev=x,nr=0"),
@@ -286,7 +284,6 @@ NOT_YET = [
     ("-drive id=d,file=f,detect-zeroes=on", "-drive detect-zeroes", "on"),
     ("-drive file=f,if=pflash,unit=0", "-drive if", "pflash"),
     (f"{DISK},num-queues=2", "-device virtio-blk-device,num-queues", "2"),
-    (f"{DISK},iothread=i", "-device virtio-blk-device,iothread", "i"),
     ("-qmp unix:/q,server,nowait,iothread=i", "-qmp iothread", "i"),
     ("-numa node,nodeid=0", "-numa", "node,nodeid=0"),
     ("-smbios type=1", "-smbios", "type=1"),
@@ -338,10 +335,32 @@ def test_kata_without_a_network_and_a_shared_directory() -> None:
     assert config.drives["rootfs"].readonly
 
 
+def test_kata_with_a_network() -> None:
+    config = parse(f"{KATA} -netdev tap,id=eth0,fds=4 -device virtio-net-device,netdev=eth0,id=eth0,mac=02:42:ac:11:00:02")
+    assert (config.netdevs["eth0"].fd, config.netdevs["eth0"].ifname) == (4, "")
+    assert config.devices[-1].options.string("mac") == "02:42:ac:11:00:02"
+
+
+NET = "-netdev tap,id=n,ifname=tap0 -device virtio-net-device,id=eth0,netdev=n"
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("-netdev tap,id=n,fd=4,fds=5", "fd and fds are one key"),
+    ("-netdev tap,id=n,fds=4:5", "several queue pairs are not supported yet"),
+    ("-netdev tap,id=n,ifname=a -netdev tap,id=n,ifname=b", "n has been added"),
+    ("-device virtio-net-device,id=eth0,netdev=n", "there is no netdev n"),
+    (f"{NET} -device virtio-net-device,id=eth1,netdev=n", "the netdev n is used by eth0 already"),
+    (f"{NET},iothread=i", "there is no iothread i"),
+    (f"{DISK},iothread=i", "there is no iothread i"),
+    ("-object iothread,id=i -object iothread,id=i", "i has been added"),
+    (" ".join(f"-object iothread,id=i{number}" for number in range(9)), "too many iothreads"),
+])
+def test_a_network_that_cannot_be(line: str, message: str) -> None:
+    assert message in refuse(f"-kernel k {line}").problem
+
+
 @pytest.mark.parametrize("line", [
-    "-device vhost-vsock-device,id=vsock-id,guest-cid=2735839483,vhostfd=3",
     "-chardev socket,id=virtio_fs,path=/run/v.socket,server,nowait -device vhost-user-fs-device,chardev=virtio_fs,tag=k,id=fs0",
-    "-netdev tap,id=eth0,fds=4 -device virtio-net-device,netdev=eth0,id=eth0,mac=02:42:ac:11:00:02",
     "-device virtio-serial-device,id=virtio-serial0",
 ])
 def test_kata_is_told_which_device_is_missing(line: str) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SUBCOMMANDS = ("run", "doctor", "help")
 _HELP_WORDS = ("-h", "-help", "--help")
 _VERSION_WORDS = ("-V", "-version", "--version")
-_HELP_TOPICS = ("-device", "-object", "-chardev", "-machine", "-drive")
+_HELP_TOPICS = ("-device", "-object", "-netdev", "-chardev", "-machine", "-drive")
 
 
 def special(arguments: list[str]) -> int | None:
@@ -162,8 +162,19 @@ def _objects(config: VmConfig, values: list[str]) -> None:
     for text in values:
         group, rest = _choose(text, options.OBJECTS, "-object", "Unknown object type")
         backend = read_group(group, rest)
-        id = _new_id(backend, config.rng_backends, "-object")
+        id = _new_id(backend, (*config.rng_backends, *config.iothreads), "-object")
+        if group is options.OBJECTS["iothread"]:
+            config.iothreads.append(id)
+            continue
         config.rng_backends[id] = RngBackendConfig(id, backend.string("filename"))
+
+
+def _netdevs(config: VmConfig, values: list[str]) -> None:
+    for text in values:
+        group, rest = _choose(text, options.NETDEVS, "-netdev", "no such kind of network back end")
+        netdev = read_group(group, rest)
+        id = _new_id(netdev, config.netdevs, "-netdev")
+        config.netdevs[id] = health.read_tap(id, netdev, text)
 
 
 def _chardevs(config: VmConfig, values: list[str]) -> None:
@@ -254,6 +265,7 @@ def _log_file(config: VmConfig, values: list[str]) -> None:
 _IN_ORDER: tuple[tuple[str, Callable[[VmConfig, list[str]], None]], ...] = (
     ("name", _name), ("machine", _machine), ("accel", _accel), ("m", _memory), ("smp", _smp), ("cpu", _cpu),
     ("kernel", _kernel), ("initrd", _initrd), ("append", _append), ("drive", _drives), ("object", _objects),
-    ("chardev", _chardevs), ("device", _devices), ("qmp", _qmp), ("S", _freeze), ("freeze", _freeze), ("action", _action),
+    ("netdev", _netdevs), ("chardev", _chardevs), ("device", _devices),
+    ("qmp", _qmp), ("S", _freeze), ("freeze", _freeze), ("action", _action),
     ("no-reboot", _no_reboot), ("daemonize", _daemonize), ("pidfile", _pidfile), ("D", _log_file),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from stratovirt.cli.suboptions import read_group
 from stratovirt.config import options
 from stratovirt.config.schema import Group, OptionValues
-from stratovirt.config.vm import CharDeviceConfig, QmpConfig, VmConfig
+from stratovirt.config.vm import CharDeviceConfig, NetdevConfig, QmpConfig, VmConfig
 from stratovirt.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -34,6 +34,24 @@ def read_chardev(group: Group, text: str) -> CharDeviceConfig:
                           accepted="path=PATH, or port=N and host=IP")
     host = values.optional_string("host") or "0.0.0.0"
     return CharDeviceConfig(id, kind, path or "", host if port else "", port or 0, listens(values, group.title, text))
+
+
+def read_tap(id: str, values: OptionValues, text: str) -> NetdevConfig:
+    """The tap that a `-netdev tap` describes. Raises: ConfigError."""
+    fd = values.optional_integer("fd")
+    if "fds" in values.given:
+        fds = values.integers("fds")
+        if fd is not None:
+            raise ConfigError("fd and fds are one key", option="-netdev tap", value=text, accepted="one of them")
+        if len(fds) > 1:
+            raise ConfigError("several queue pairs are not supported yet", option="-netdev tap,fds", value=text,
+                              accepted="one descriptor")
+        fd = fds[0]
+    ifname = values.optional_string("ifname") or ""
+    if fd is None and not ifname:
+        raise ConfigError("Tap device is missing, use 'ifname' or 'fd' to configure a tap device", option="-netdev tap",
+                          value=text, accepted="ifname=NAME or fd=N")
+    return NetdevConfig(id, ifname, fd)
 
 
 def listens(values: OptionValues, option: str, text: str) -> bool:
@@ -109,8 +127,12 @@ def _claim(config: VmConfig, id: str, option: str, value: str) -> CharDeviceConf
 
 
 def _check_devices(config: VmConfig) -> None:
-    """Every device has its back end, and every drive one device."""
+    """Every device has its back end, and every drive and netdev one device."""
     drive_users: dict[str, str] = {}
+    netdev_users: dict[str, str] = {}
+    if len(config.iothreads) > options.MAX_IOTHREADS:
+        raise ConfigError("too many iothreads", option="-object iothread,id", value=config.iothreads[options.MAX_IOTHREADS],
+                          accepted=f"at most {options.MAX_IOTHREADS}")
     for device in config.devices:
         title = f"-device {device.driver}"
         if device.driver == "virtio-blk-device":
@@ -122,12 +144,30 @@ def _check_devices(config: VmConfig) -> None:
                 raise ConfigError(f"the drive {drive} is used by {drive_users[drive]} already", option=f"{title},drive",
                                   value=drive, accepted="a drive of its own for each device")
             drive_users[drive] = device.id
+            _check_iothread(config, device.options, title)
+        elif device.driver == "virtio-net-device":
+            netdev = device.options.string("netdev")
+            if netdev not in config.netdevs:
+                raise ConfigError(f"there is no netdev {netdev}", option=f"{title},netdev", value=netdev,
+                                  accepted=_ids("-netdev", config.netdevs))
+            if netdev in netdev_users:
+                raise ConfigError(f"the netdev {netdev} is used by {netdev_users[netdev]} already", option=f"{title},netdev",
+                                  value=netdev, accepted="a netdev of its own for each device")
+            netdev_users[netdev] = device.id
+            _check_iothread(config, device.options, title)
         elif device.driver == "virtio-rng-device":
             rng = device.options.string("rng")
             if rng not in config.rng_backends:
                 raise ConfigError(f"there is no rng-random object {rng}", option=f"{title},rng", value=rng,
                                   accepted=_ids("-object rng-random", config.rng_backends))
             _check_rate(device.options, title)
+
+
+def _check_iothread(config: VmConfig, values: OptionValues, title: str) -> None:
+    iothread = values.optional_string("iothread")
+    if iothread is not None and iothread not in config.iothreads:
+        raise ConfigError(f"there is no iothread {iothread}", option=f"{title},iothread", value=iothread,
+                          accepted=_ids("-object iothread", config.iothreads))
 
 
 def _ids(option: str, known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ _KINDS = {
     "-device": {**options.DEVICES, **later.DEVICES},
     "-object": {**options.OBJECTS, **later.OBJECTS},
     "-chardev": options.CHARDEVS,
-    "-netdev": later.NETDEVS,
+    "-netdev": {**options.NETDEVS, **later.NETDEVS},
 }
 
 

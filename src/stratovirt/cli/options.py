@@ -41,6 +41,7 @@ _DECLARED = (
     Option("append", MANY, "WORD…", _BOOT, "kernel command line; several values are joined by spaces"),
 
     Option("drive", MANY, "id=ID,file=FILE[,KEY=VALUE…]", _DEVICES, "disk image for a -device"),
+    Option("netdev", MANY, "tap,id=ID,ifname=NAME[,KEY=VALUE…]", _DEVICES, "network back end for a -device"),
     Option("object", MANY, "TYPE,id=ID[,KEY=VALUE…]", _DEVICES, "back end; -object help lists the types"),
     Option("device", MANY, "DRIVER,id=ID[,KEY=VALUE…]", _DEVICES,
            "device; -device help lists the drivers, -device DRIVER,help the keys of one"),
@@ -80,7 +81,6 @@ _DECLARED = (
 
     Option("mem-path", ONE, "PATH", _LATER, "a file or hugetlbfs directory behind guest memory", NOT_YET),
     Option("mem-prealloc", FLAG, "", _LATER, "touch all memory at start", NOT_YET),
-    Option("netdev", MANY, "tap|vhost-user,id=ID[,KEY=VALUE…]", _LATER, "network back end", NOT_YET),
     Option("incoming", ONE, "file:DIR|unix:PATH|tcp:IP:PORT", _LATER, "restore a snapshot or receive a migration", NOT_YET),
     Option("numa", MANY, "node,…|dist,…", _LATER, "NUMA nodes and distances", NOT_YET),
     Option("global", MANY, "DRIVER.KEY=VALUE", _LATER, "a default for a kind of device", NOT_YET),

@@ -16,24 +16,9 @@ def check_option(name: str, values: list[str]) -> None:
     for text in values:
         if name in later.VALUES:
             read_value(later.VALUES[name], text, "-" + name)
-        elif name == "netdev":
-            check_netdev(text)
         elif name == "incoming" and text.partition(":")[0] not in (
                 *later.INCOMING_SCHEMES, *map(str.capitalize, later.INCOMING_SCHEMES), *map(str.upper, later.INCOMING_SCHEMES)):
             raise ConfigError("not an address", option="-incoming", value=text, accepted="file:DIR, unix:PATH, tcp:IP:PORT")
-
-
-def check_netdev(text: str) -> None:
-    """Raise ConfigError for what `-netdev` does not take, and for what it takes."""
-    kind, _, rest = text.partition(",")
-    group = later.NETDEVS.get(kind.removeprefix("type="))
-    if group is None:
-        raise ConfigError("no such kind of network back end", option="-netdev", value=text, accepted=", ".join(later.NETDEVS))
-    if kind.endswith("tap") and rest and not any(
-            word.startswith(("ifname=", "fd=", "fds=")) for word in rest.split(",")):
-        raise ConfigError("Tap device is missing, use 'ifname' or 'fd' to configure a tap device", option="-netdev",
-                          value=text, accepted="ifname=NAME, fd=N or fds=N:N…")
-    read_group(group, rest)
 
 
 def check_kind(option: str, kind: str, rest: str) -> None:
@@ -41,7 +26,7 @@ def check_kind(option: str, kind: str, rest: str) -> None:
     text = f"{kind},{rest}" if rest else kind
     if kind.startswith("{"):
         raise ConfigError("JSON is not supported yet", option=option, value=text, accepted="DRIVER,id=ID,KEY=VALUE…")
-    known = {"-device": later.DEVICES, "-object": later.OBJECTS}.get(option, {})
+    known = {"-device": later.DEVICES, "-object": later.OBJECTS, "-netdev": later.NETDEVS}.get(option, {})
     if kind in known:
         read_group(known[kind], rest)
     if option == "-device" and kind in later.PCI_DEVICES:

@@ -15,7 +15,6 @@ from stratovirt.config.schema import (
     Int,
     IntList,
     Key,
-    Mac,
     Path,
     PowerOfTwo,
     Size,
@@ -28,18 +27,6 @@ _ID = Key("id", _STRING, "the name by which other options and QMP refer to it", 
 _CHARDEV = Key("chardev", _STRING, "the id of its -chardev", required=True)
 
 NETDEVS = {
-    "tap": Group("-netdev tap", "a tap device of the host", (
-        _ID,
-        Key("ifname", _STRING, "name of the tap device"),
-        Key("fd", _FD, "an open tap descriptor"),
-        Key("fds", IntList(1 << 20), "open tap descriptors, one for each queue pair"),
-        Key("path", Path(), "path of an auxiliary device"),
-        Key("queues", Int(1, 16), "queue pairs", 1),
-        Key("vhost", _BOOL, "let the host kernel move the packets", False),
-        Key("vhostfd", _FD, "an open /dev/vhost-net descriptor"),
-        Key("vhostfds", IntList(1 << 20), "open /dev/vhost-net descriptors"),
-        Key("macnat", _BOOL, "translate MAC addresses", False),
-    ), works=False),
     "vhost-user": Group("-netdev vhost-user", "a network back end in another process", (
         _ID,
         _CHARDEV,
@@ -56,7 +43,6 @@ _MEMORY_BACKEND = (
     Key("mem-prealloc", _BOOL, "touch all of it at start", False),
 )
 OBJECTS = {
-    "iothread": Group("-object iothread", "a thread for devices; at most 8", (_ID,), works=False),
     "memory-backend-ram": Group("-object memory-backend-ram", "anonymous memory", (
         *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", False)), works=False),
     "memory-backend-memfd": Group("-object memory-backend-memfd", "memory in a memfd", (
@@ -76,19 +62,7 @@ OBJECTS = {
     ), works=False),
 }
 
-_VIRTIO_NET_QUEUE = PowerOfTwo(256, 4096)
 DEVICES = {
-    "virtio-net-device": Group("-device virtio-net-device", "a network interface", (
-        _ID,
-        Key("netdev", _STRING, "the id of its -netdev", required=True),
-        Key("mac", Mac(), "MAC address"),
-        Key("iothread", _STRING, "the iothread that serves it"),
-        Key("rx-iothread", _STRING, "the iothread for received packets"),
-        Key("tx-iothread", _STRING, "the iothread for sent packets"),
-        Key("mq", _BOOL, "several queue pairs", False),
-        Key("queue-size", _VIRTIO_NET_QUEUE, "descriptors in a queue", 256),
-        Key("vectors", Int(0, U32_MAX), "interrupt vectors", ignored=True),
-    ), works=False),
     "virtio-serial-device": Group("-device virtio-serial-device", "controller of virtio consoles and ports", (
         _ID,
         Key("max-ports", Int(1, 31), "ports", 31, aliases=("max_ports",)),

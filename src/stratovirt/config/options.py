@@ -17,8 +17,10 @@ from stratovirt.config.schema import (
     Flag,
     Group,
     Int,
+    IntList,
     Ipv4,
     Key,
+    Mac,
     Path,
     PowerOfTwo,
     Size,
@@ -30,6 +32,7 @@ MAX_CPUS = 254
 MIN_MEMORY = 128 * MIB
 MAX_MEMORY = 512 * GIB
 MAX_QUEUES = 32
+MAX_IOTHREADS = 8
 SERIAL_NUMBER_SIZE = 20
 
 _BOOL = Bool()
@@ -134,7 +137,23 @@ ACTION = Group("-action", "what becomes of the machine when the guest ends it", 
     Key("shutdown", Choice("poweroff"), "end", "poweroff"),
 ))
 
+NETDEVS = {
+    "tap": Group("-netdev tap", "a tap device of the host", (
+        _ID,
+        Key("ifname", _STRING, "name of the tap device; it is created if need be"),
+        Key("fd", _FD, "an inherited descriptor of a tap opened with IFF_NO_PI and IFF_VNET_HDR"),
+        Key("fds", IntList(1 << 20), "the same, one for each queue pair"),
+        Key("path", Path(), "path of an auxiliary device", works=()),
+        Key("queues", Int(1, 16), "queue pairs", 1, works=(1,)),
+        Key("vhost", _BOOL, "let the host kernel move the packets", False, works=(False,)),
+        Key("vhostfd", _FD, "an open /dev/vhost-net descriptor", works=()),
+        Key("vhostfds", IntList(1 << 20), "open /dev/vhost-net descriptors", works=()),
+        Key("macnat", _BOOL, "translate MAC addresses", False, works=(False,)),
+    )),
+}
+
 OBJECTS = {
+    "iothread": Group("-object iothread", "a thread for devices; at most 8", (_ID,)),
     "rng-random": Group("-object rng-random", "a source of random bytes on the host", (
         _ID,
         Key("filename", Path(), "a character device such as /dev/urandom", required=True),
@@ -147,9 +166,20 @@ DEVICES = {
         Key("drive", _STRING, "the id of its -drive", required=True),
         Key("bootindex", Int(0, U8_MAX), "rank in the boot order; a microvm boots its -kernel", ignored=True),
         Key("num-queues", Int(1, MAX_QUEUES), "request queues", 1, works=(1,)),
-        Key("iothread", _STRING, "the iothread that serves it", works=()),
+        Key("iothread", _STRING, "the iothread that serves it"),
         Key("queue-size", PowerOfTwo(4, 1024), "descriptors in a queue", 256),
         Key("serial", String(SERIAL_NUMBER_SIZE), "the serial number that the guest sees"),
+    )),
+    "virtio-net-device": Group("-device virtio-net-device", "a network interface", (
+        _ID,
+        Key("netdev", _STRING, "the id of its -netdev", required=True),
+        Key("mac", Mac(), "MAC address; 52:54:00:12:34:56 and upwards if left out"),
+        Key("iothread", _STRING, "the iothread that serves it"),
+        Key("rx-iothread", _STRING, "the iothread for received packets", works=()),
+        Key("tx-iothread", _STRING, "the iothread for sent packets", works=()),
+        Key("mq", _BOOL, "several queue pairs", False, works=(False,)),
+        Key("queue-size", PowerOfTwo(256, 4096), "descriptors in a queue", 256),
+        Key("vectors", Int(0, U32_MAX), "interrupt vectors", ignored=True),
     )),
     "virtio-rng-device": Group("-device virtio-rng-device", "random bytes for the guest", (
         _ID,

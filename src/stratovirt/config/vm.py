@@ -70,6 +70,17 @@ class RngBackendConfig:
         self.filename = filename
 
 
+class NetdevConfig:
+    """`-netdev tap`: the device by its name, or by an inherited descriptor, which then counts."""
+
+    __slots__ = ("fd", "id", "ifname")
+
+    def __init__(self, id: str, ifname: str = "", fd: int | None = None) -> None:
+        self.id = id
+        self.ifname = ifname
+        self.fd = fd
+
+
 class DeviceConfig:
     """One `-device`: the driver's name, its id and its validated options."""
 
@@ -97,8 +108,8 @@ class VmConfig:
     """Everything asked for on one command line. Defaults are those of an empty command line."""
 
     __slots__ = (
-        "accel", "chardevs", "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "kernel",
-        "kernel_cmdline", "log_file", "machine_type", "memory_size", "name", "pidfile", "qmp", "reboot_action",
+        "accel", "chardevs", "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
+        "kernel_cmdline", "log_file", "machine_type", "memory_size", "name", "netdevs", "pidfile", "qmp", "reboot_action",
         "rng_backends", "serial", "smp",
     )
 
@@ -116,6 +127,8 @@ class VmConfig:
         self.chardevs: dict[str, CharDeviceConfig] = {}  # without those that -serial and -mon have taken
         self.drives: dict[str, DriveConfig] = {}
         self.rng_backends: dict[str, RngBackendConfig] = {}
+        self.netdevs: dict[str, NetdevConfig] = {}
+        self.iothreads: list[str] = []  # their ids
         self.devices: list[DeviceConfig] = []
         self.qmp: list[QmpConfig] = []
         self.freeze = False

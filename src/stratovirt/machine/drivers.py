@@ -14,27 +14,44 @@ if TYPE_CHECKING:
 
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.config.vm import DeviceConfig, VmConfig
-    from stratovirt.errors import HostError
+    from stratovirt.errors import StratoVirtError
+    from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
     from stratovirt.memory import GuestMemory
     from stratovirt.virtio.device import VirtioDevice
 
 BLOCK, NET, OTHER = "block", "net", "other"
+_ON_IOTHREADS = ("virtio-blk-device", "virtio-net-device")
+_FIRST_MAC = b"\x52\x54\x00\x12\x34\x56"
 
 
 class Surroundings:
-    """What a device may be given: the configuration around it, the machine's memory, loop and character devices."""
+    """What a device may be given: the configuration around it, the machine's memory, loops and character devices."""
 
-    __slots__ = ("chardevs", "config", "loop", "memory")
+    __slots__ = ("_macs", "chardevs", "config", "iothreads", "loop", "memory")
 
-    def __init__(self, config: VmConfig, memory: GuestMemory, loop: EventLoop, chardevs: dict[str, CharDevice]) -> None:
+    def __init__(self, config: VmConfig, memory: GuestMemory, loop: EventLoop, chardevs: dict[str, CharDevice],
+                 iothreads: dict[str, IoThread]) -> None:
         self.config = config
         self.memory = memory
         self.loop = loop
         self.chardevs = chardevs
+        self.iothreads = iothreads
+        self._macs = 0
+
+    def loop_of(self, device: DeviceConfig) -> EventLoop:
+        """The loop that owns a device: its iothread's, else the main one."""
+        has_key = device.driver in _ON_IOTHREADS
+        iothread = device.options.optional_string("iothread") if has_key else None
+        return self.iothreads[iothread].loop if iothread is not None else self.loop
+
+    def next_mac(self) -> bytes:
+        """The address of the next network interface without one of its own."""
+        self._macs += 1
+        return _FIRST_MAC[:-1] + bytes([(_FIRST_MAC[-1] + self._macs - 1) & 0xFF])
 
 
-def _reporter(id: str) -> Callable[[HostError], None]:
+def _reporter(id: str) -> Callable[[StratoVirtError], None]:
     return lambda error: log.guest_warn(id, str(error))
 
 
@@ -46,6 +63,18 @@ def _create_block(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     image = RawImage(around.config.drives[options.string("drive")])
     serial = options.optional_string("serial") or ""
     return VirtioBlock(image, options.integer("queue-size"), serial, _reporter(device.id))
+
+
+def _create_net(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.backends.tap import open_tap
+    from stratovirt.virtio.net import VirtioNet
+
+    options = device.options
+    own = around.next_mac()
+    mac = options.optional_string("mac")
+    tap = open_tap(around.config.netdevs[options.string("netdev")])
+    return VirtioNet(tap, bytes.fromhex(mac.replace(":", "")) if mac else own, around.loop_of(device),
+                     options.integer("queue-size"), _reporter(device.id))
 
 
 def _create_rng(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
@@ -69,6 +98,7 @@ def _create_vsock(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
 
 DRIVERS: dict[str, tuple[str, Callable[[Surroundings, DeviceConfig], VirtioDevice]]] = {
     "virtio-blk-device": (BLOCK, _create_block),
+    "virtio-net-device": (NET, _create_net),
     "virtio-rng-device": (OTHER, _create_rng),
     "vhost-vsock-device": (OTHER, _create_vsock),
 }

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stratovirt.config.vm import CharDeviceConfig, VmConfig
     from stratovirt.devices.serial import Serial
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
+    from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
     from stratovirt.machine.slots import OccupiedSlot
 
@@ -56,6 +57,7 @@ class MicroVm(Lifecycle):
         self.chardevs: dict[str, CharDevice] = {}
         self.serial_chardev: CharDevice | None = None
         self._serial: Serial | None = None
+        self.iothreads: dict[str, IoThread] = {}
         self.slots: list[OccupiedSlot] = []
         self.threads: VcpuThreads | None = None
 
@@ -74,13 +76,23 @@ class MicroVm(Lifecycle):
         self.boot.load(self.memory)
         for chardev in config.chardevs.values():
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
-        around = drivers.Surroundings(config, self.memory, self.loop, self.chardevs)
+        self._create_iothreads()
+        around = drivers.Surroundings(config, self.memory, self.loop, self.chardevs, self.iothreads)
         for device, slot in zip(config.devices, chosen, strict=True):
             virtio = drivers.create(around, device)
-            self.slots.append(plug(virtio, device.id, slot, self.vm, self.memory, self.mmio, self.loop))
+            self.slots.append(plug(virtio, device.id, slot, self.vm, self.memory, self.mmio,
+                                   around.loop_of(device)))
         self._plug_legacy()
         self.vcpus = create_vcpus(self.system, self.vm, topology, config.smp.max_cpus)
         self.boot.enter(self.vcpus[0])
+
+    def _create_iothreads(self) -> None:
+        if not self.config.iothreads:
+            return
+        from stratovirt.iothread import IoThread
+
+        for id in self.config.iothreads:
+            self.iothreads[id] = IoThread(id, lambda: self.loop.call_soon(self._on_iothread_failure))
 
     def _create_memory(self) -> GuestMemory:
         regions: list[RamRegion] = []
@@ -136,6 +148,8 @@ class MicroVm(Lifecycle):
         paused = self.config.freeze
         self.threads = threads = VcpuThreads(self.vcpus, self.ports, self.mmio, self._on_vcpu_exit)
         threads.start(paused)
+        for iothread in self.iothreads.values():
+            iothread.start()
         self.state = PAUSED if paused else RUNNING
         HaltWatch(self.loop, threads, lambda: self.state == RUNNING, lambda: self.shutdown(True, "guest-shutdown"))
 
@@ -168,11 +182,16 @@ class MicroVm(Lifecycle):
         return self.threads
 
     def close(self) -> None:
-        """Stop the vCPUs, write out what consoles still hold, give back terminal and sockets."""
+        """Stop the vCPUs and iothreads, write out what consoles still hold, give back terminal and sockets."""
         if self.threads is not None:
             try:
                 self.threads.stop()
             except HostError as error:
+                log.error(str(error))
+        for iothread in self.iothreads.values():
+            try:
+                iothread.stop()
+            except StateError as error:
                 log.error(str(error))
         for chardev in (*self.chardevs.values(), self.serial_chardev):
             if chardev is not None:
@@ -218,6 +237,9 @@ class MicroVm(Lifecycle):
             self._do_guest_reset()
         else:
             self.shutdown(True, "guest-shutdown")
+
+    def _on_iothread_failure(self) -> None:
+        self._fail("an iothread has failed: its devices are dead")
 
     def _fail(self, text: str) -> None:
         for line in text.splitlines():
