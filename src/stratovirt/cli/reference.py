@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from stratovirt.cli import help
 from stratovirt.cli.options import FLAG, OPTIONS
-from stratovirt.config import later, options
+from stratovirt.config import options
 from stratovirt.config.schema import NOT_YET, WORKS, Group, Key
 from stratovirt.control.commands import COMMANDS, EVENTS
 
@@ -45,11 +46,10 @@ K, M or G; without, they count MiB.
 
 
 def _groups() -> list[Group]:
-    """Every declared group, in the order of the command line's help."""
-    return [options.MACHINE, options.ACCEL, options.CPU, options.SMP, options.MEMORY, options.DRIVE,
-            *options.OBJECTS.values(), *later.OBJECTS.values(), *options.DEVICES.values(), *later.DEVICES.values(),
-            *later.NETDEVS.values(), *options.CHARDEVS.values(), *options.SERIALS.values(), options.QMP, options.MON,
-            options.ACTION]
+    """Every declared group: those of the machine, of what there are kinds of, of the console and control."""
+    kinds = [group for groups in help._KINDS.values() for group in groups.values()]
+    return [options.MACHINE, options.ACCEL, options.CPU, options.SMP, options.MEMORY, options.DRIVE, *kinds,
+            *options.SERIALS.values(), options.QMP, options.MON, options.ACTION]
 
 
 def _cell(text: str) -> str:
