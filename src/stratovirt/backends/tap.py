@@ -88,8 +88,20 @@ class Tap:
         os.close(self.fd)
 
 
+class NoTap(Tap):
+    """What an interface without a cable is connected to. Nobody reads or writes it."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.name = "none"
+        self.ufo = False
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def open_tap(netdev: NetdevConfig) -> Tap:
-    """The tap of a `-netdev tap`, by name or by inherited descriptor. Raises: ConfigError."""
+    """The tap of a `-netdev tap`, by name or by a descriptor, which stays the caller's after an error. Raises: ConfigError."""
     if netdev.fd is None:
         fd, name = _open_by_name(netdev.ifname), netdev.ifname
     else:
@@ -98,7 +110,8 @@ def open_tap(netdev: NetdevConfig) -> Tap:
         fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("=i", HEADER_SIZE))
         ufo = _knows_ufo(fd)
     except OSError as error:
-        os.close(fd)
+        if netdev.fd is None:
+            os.close(fd)
         raise ConfigError(f"the tap cannot carry offloads: {os.strerror(error.errno or 0)}", option="-netdev tap",
                           value=name) from error
     return Tap(fd, name, ufo)

@@ -75,7 +75,10 @@ _MAX_VIEWS = 1023  # of the guest's in one call: IOV_MAX is 1024, and one is our
 
 
 class VirtioNet(VirtioDevice):
-    """One interface. `on_error` hears of the tap's errors and of frames that cannot be sent, for the log."""
+    """One interface. `on_error` hears of the tap's errors and of frames that cannot be sent, for the log.
+
+    With a NoTap it is an interface whose link is down; `replace_tap` changes what it is connected to at any time.
+    """
 
     device_id = 1
     name = "virtio-net"
@@ -92,8 +95,9 @@ class VirtioNet(VirtioDevice):
             self.features |= 1 << F_GUEST_UFO | 1 << F_HOST_UFO
         self._loop = loop
         self._on_error = on_error
-        self._tap_gone = False
-        self._link_up = True
+        self._tap_gone = tap.fd < 0
+        self._link_up = not self._tap_gone
+        self._offload = 0
         self._set_config()
         self._rx_chains: list[Chain] = []  # popped and empty, but for a held frame
         self._rx_views: list[memoryview] = []  # theirs, in order
@@ -105,7 +109,8 @@ class VirtioNet(VirtioDevice):
         self._spill = memoryview(bytearray(_SPILL_SIZE))
         self._tx_waiting: Chain | None = None
         self._watched = 0
-        loop.add(tap.fd, 0, self._on_tap)
+        if not self._tap_gone:
+            loop.add(tap.fd, 0, self._on_tap)
 
     # -- life cycle
 
@@ -133,10 +138,11 @@ class VirtioNet(VirtioDevice):
             self._drop_stale_frames()
 
     def _set_offload(self, flags: int) -> None:
+        self._offload = flags
         if self._tap_gone:
             return
         try:
-            self.tap.set_offload(flags)
+            self.tap.set_offload(flags if self.tap.ufo else flags & ~TUN_F_UFO)
         except HostError as error:
             self._report(error)
 
@@ -155,6 +161,33 @@ class VirtioNet(VirtioDevice):
             self._tap_gone = True
             self._loop.remove(self.tap.fd)
         self.tap.close()
+
+    def replace_tap(self, tap: Tap, mac: bytes | None = None) -> None:
+        """Connect the interface to `tap`, or to a NoTap, and close what it was connected to. The driver is told of the link.
+
+        A frame that is being received is lost. `mac` is for the next driver: the present one has read its address.
+        Thread: the device's loop.
+        """
+        with self._work:
+            if not self._tap_gone:
+                self._loop.remove(self.tap.fd)
+            self.tap.close()
+            self.tap = tap
+            self._tap_gone = tap.fd < 0
+            self._link_up = not self._tap_gone
+            self._watched = self._held = 0
+            if not self._tap_gone:
+                self._loop.add(tap.fd, 0, self._on_tap)
+            self._set_offload(self._offload)
+            if mac is not None:
+                self.filter.own_mac = mac
+                if not self.active:
+                    self.filter.reset()
+            self._set_config()
+        if self.transport is not None:
+            self.transport.notify_config()
+            self.transport.requeue(RX)
+            self.transport.requeue(TX)
 
     # -- link and config space
 

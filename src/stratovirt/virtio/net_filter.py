@@ -31,11 +31,11 @@ class ReceiveFilter:
     """State of one interface with address `mac`. Thread: the device's loop, or any while the device is inactive."""
 
     def __init__(self, mac: bytes) -> None:
-        self._own_mac = mac
+        self.own_mac = mac
         self.reset()
 
     def reset(self) -> None:
-        self.mac = self._own_mac
+        self.mac = self.own_mac
         self._modes = [True, False, False, False, False, False]
         self._unicast: frozenset[bytes] | None = frozenset()  # None: all
         self._multicast: frozenset[bytes] | None = frozenset()
