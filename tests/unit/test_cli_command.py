@@ -228,6 +228,7 @@ BAD = [
     ("-kernel k -chardev socket,id=c,path=p -serial chardev:c", "-serial", "chardev:c", "a listening socket is needed"),
     ("-kernel k -serial stdio -chardev stdio,id=c", "-serial, -chardev", "stdio", "Can't set multiple devices redirected"),
     ("-kernel k -chardev stdio,id=a -chardev stdio,id=b", "-serial, -chardev", "stdio", "Can't set multiple devices"),
+    ("-kernel k -serial pty -chardev pty,id=serial0", "-chardev id", "serial0", "serial0 has been added"),
     ("-kernel k -serial stdio -daemonize", "-daemonize", None, "can't be set together"),
     # monitors
     ("-kernel k -qmp unix:/q", "-qmp", "unix:/q", "'server' and 'nowait' are needed"),

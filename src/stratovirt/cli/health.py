@@ -101,6 +101,9 @@ def _serial(config: VmConfig, text: str) -> CharDeviceConfig:
     chardev = read_chardev(group, rest)
     if chardev.kind == "socket" and not chardev.server:
         raise ConfigError("a serial port needs a listening socket", option="-serial", value=text, accepted="server,nowait")
+    if SERIAL_ID in config.chardevs:
+        raise ConfigError(f"{SERIAL_ID} has been added: it is the id of the serial port's own character device",
+                          option="-chardev id", value=SERIAL_ID, accepted=f"another id, or -serial chardev:{SERIAL_ID}")
     return chardev
 
 
