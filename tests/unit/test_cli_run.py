@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,20 @@ def test_a_machine_that_fails_has_said_why(monkeypatch: pytest.MonkeyPatch, capf
 def test_without_a_command_the_status_is_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
     machine("import sys; sys.exit(3)", monkeypatch)
     assert run.main(["--kernel", "k", "--initrd", "i"]) == 3
+
+
+def test_a_killed_machine_leaves_the_terminal_as_it_was() -> None:
+    """A shell's terminal in place of ours, and a machine that sets it to raw and dies."""
+    code = ("import os, signal, sys, tty\nfrom stratovirt.cli import run\n"
+            "machine = 'import os, signal, tty; tty.setraw(0); os.kill(os.getpid(), signal.SIGKILL)'\n"
+            "run._process = lambda line: [sys.executable, '-c', machine]\n"
+            "sys.exit(run.main(['--kernel', 'k', '--initrd', 'i']) != -signal.SIGKILL)")
+    ours, terminal = os.openpty()
+    before = termios.tcgetattr(terminal)
+    source = str(Path(run.__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], stdin=terminal, env={**os.environ, "PYTHONPATH": source}, check=False)
+    after = termios.tcgetattr(terminal)
+    os.close(ours)
+    os.close(terminal)
+    assert done.returncode == 0
+    assert after == before

@@ -27,7 +27,7 @@ Example:
 _GROUPS = {group.title: group for group in (
     options.MACHINE, options.ACCEL, options.SMP, options.CPU, options.MEMORY, options.DRIVE, options.QMP, options.MON,
     options.ACTION)}
-_KINDS = {
+KINDS = {
     "-device": {**options.DEVICES, **later.DEVICES},
     "-object": {**options.OBJECTS, **later.OBJECTS},
     "-chardev": options.CHARDEVS,
@@ -84,8 +84,8 @@ def print_version() -> int:
 
 def find_group(option: str, kind: str) -> Group:
     """The declaration behind `option kind`. Raises: ConfigError when there is none."""
-    if option in _KINDS:
-        kinds = _KINDS[option]
+    if option in KINDS:
+        kinds = KINDS[option]
         if kind in kinds:
             return kinds[kind]
         raise ConfigError(f'nothing is known about "{kind}"', option=option, value=f"{kind},help",
@@ -95,14 +95,14 @@ def find_group(option: str, kind: str) -> Group:
 
 def print_topic(option: str, kind: str) -> int:
     """`-device help` (no kind) and `-device X,help`."""
-    if option in _KINDS and not kind:
+    if option in KINDS and not kind:
         return _print(list_kinds(option))
     return _print(describe(find_group(option, kind)))
 
 
 def list_kinds(option: str) -> str:
     lines: list[str] = []
-    for name, group in _KINDS[option].items():
+    for name, group in KINDS[option].items():
         lines += _columns(name, group.help + ("" if group.works else " (not supported yet)"), 100)
     return "\n".join(lines)
 

@@ -47,7 +47,7 @@ K, M or G; without, they count MiB.
 
 def _groups() -> list[Group]:
     """Every declared group: those of the machine, of what there are kinds of, of the console and control."""
-    kinds = [group for groups in help._KINDS.values() for group in groups.values()]
+    kinds = [group for groups in help.KINDS.values() for group in groups.values()]
     return [options.MACHINE, options.ACCEL, options.CPU, options.SMP, options.MEMORY, options.DRIVE, *kinds,
             *options.SERIALS.values(), options.QMP, options.MON, options.ACTION]
 

@@ -11,12 +11,15 @@ needs the init of our guest images (see `cli/guest_console.py`). Exit status 125
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import shlex
 import subprocess
 import sys
 import tempfile
+import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import stratovirt
@@ -39,7 +42,8 @@ def main(arguments: list[str]) -> int:
         parse(line)  # errors come from here and not from the child
         if command:
             return _run_command(line)
-        return subprocess.run(_process(line), env=_environment(), check=False).returncode
+        with _terminal_kept():
+            return subprocess.run(_process(line), env=_environment(), check=False).returncode
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str]:
@@ -134,6 +138,20 @@ def _environment() -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.setdefault("STRATOVIRT_LOG_LEVEL", "warn")
     return environment
+
+
+@contextlib.contextmanager
+def _terminal_kept() -> Iterator[None]:
+    """The machine restores the terminal itself, but not when it is killed."""
+    try:
+        before = termios.tcgetattr(0)
+    except termios.error:  # not a terminal
+        yield
+        return
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def _run_command(line: list[str]) -> int:
