@@ -277,11 +277,11 @@ class VirtioNet(VirtioDevice):
             return False
         for _ in range(RX_BATCH):
             wanted = self._held or self._rx_wanted
-            if self._rx_room < wanted:
-                self._take_buffers(queue, wanted)
+            self._take_buffers(queue, wanted)
             length = self._held or self._read_frame()
             if length == 0:
                 break
+            self._take_buffers(queue, length)
             if length > self._rx_room and not self._is_hopeless(queue):
                 self._held = length
                 self._watch(self._watched & ~READ)
@@ -297,6 +297,8 @@ class VirtioNet(VirtioDevice):
 
     def _take_buffers(self, queue: Virtqueue, wanted: int) -> None:
         """Pop chains until there is room for `wanted` bytes; without mergeable buffers a frame has one chain and no more."""
+        if self._rx_room >= wanted:
+            return
         chains = self._rx_chains
         queue.disable_notifications()
         while self._rx_room < wanted and len(chains) < (queue.size if self._rx_mergeable else 1):
