@@ -115,7 +115,7 @@ def test_threads_run_until_they_are_stopped(make: Callable[..., Machine]) -> Non
     machine.threads.stop()
     none_moves(machine)
     assert machine.exits == []
-    assert len(set(machine.threads.thread_ids)) == 3
+    assert len(set(machine.threads.native_ids())) == 3
 
 
 def test_started_paused_no_instruction_is_run(make: Callable[..., Machine]) -> None:
@@ -228,3 +228,8 @@ def test_processor_time_is_counted_for_threads_that_live(make: Callable[..., Mac
     still = machine.threads.cpu_seconds()
     assert machine.threads.cpu_seconds() == still
     machine.threads.resume()
+
+
+def test_thread_ids_are_known_as_soon_as_somebody_asks(make: Callable[..., Machine]) -> None:
+    machine = make(50)
+    assert len(set(machine.threads.native_ids()) - {0}) == 50

@@ -30,6 +30,8 @@ from stratovirt.memory import GuestMemory, RamRegion
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.config.vm import CharDeviceConfig, VmConfig
     from stratovirt.devices.serial import Serial
@@ -60,6 +62,7 @@ class MicroVm(Lifecycle):
         self.iothreads: dict[str, IoThread] = {}
         self.slots: list[OccupiedSlot] = []
         self.threads: VcpuThreads | None = None
+        self._asked: Callable[[], None] | None = None  # what the guest wants done, until it is done
 
     def build(self) -> None:
         """Make the machine, up to the guest's first instruction. Raises: ConfigError, HostError."""
@@ -160,6 +163,7 @@ class MicroVm(Lifecycle):
         self._running_threads().resume()
 
     def reset_hardware(self) -> None:
+        self._asked = None  # whatever it was, the guest that wanted it is gone
         for occupied in self.slots:
             occupied.transport.reset()
         self._rtc.reset()
@@ -174,7 +178,7 @@ class MicroVm(Lifecycle):
 
     def vcpu_thread_ids(self) -> list[int]:
         """Kernel thread ids, in the order of the vCPUs."""
-        return list(self._running_threads().thread_ids)
+        return self._running_threads().native_ids()
 
     def _running_threads(self) -> VcpuThreads:
         if self.threads is None:
@@ -205,8 +209,18 @@ class MicroVm(Lifecycle):
 
     # -- what the guest asks for, on vCPU threads
 
+    def _guest_asks(self, what: Callable[[], None]) -> None:
+        """Let the main loop call `what`. Until it has, more of the same is not heard: no guest fills the loop's queue."""
+        if self._asked is None:
+            self._asked = what
+            self.loop.call_soon(self._answer)
+
+    def _answer(self) -> None:
+        if self._asked is not None:  # else a reset came first
+            self._asked()
+
     def _guest_reset(self) -> None:
-        self.loop.call_soon(self._do_guest_reset)
+        self._guest_asks(self._do_guest_reset)
 
     def _do_guest_reset(self) -> None:
         if self.state not in (RUNNING, PAUSED):
@@ -217,13 +231,13 @@ class MicroVm(Lifecycle):
             self.shutdown(True, "guest-reset")
 
     def _guest_power_off(self) -> None:
-        self.loop.call_soon(lambda: self.shutdown(True, "guest-shutdown"))
+        self._guest_asks(lambda: self.shutdown(True, "guest-shutdown"))
 
     def _on_vcpu_exit(self, vcpu: KvmVcpu, why: str, errno: int) -> None:
         if why == run_loop.SYSTEM_RESET:
             self._guest_reset()
         elif why == run_loop.TRIPLE_FAULT:
-            self.loop.call_soon(self._on_triple_fault)
+            self._guest_asks(self._on_triple_fault)
         elif why == run_loop.SYSTEM_SHUTDOWN:
             self._guest_power_off()
         else:

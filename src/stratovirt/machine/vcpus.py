@@ -46,6 +46,9 @@ class VcpuThreads:
         self._mmio = mmio
         self._on_exit = on_exit
         self._closed = False
+        self._begun = 0
+        self._all_begun = allocate_lock()  # taken = "not yet", as below
+        self._all_begun.acquire()
         self._gate = allocate_lock()  # over _closed and _waiting: nobody comes to wait at a gate that is being opened
         self._ending = False
         self._idents = [0] * len(vcpus)
@@ -74,6 +77,10 @@ class VcpuThreads:
     def _thread(self, number: int) -> None:
         vcpu = self.vcpus[number]
         self.thread_ids[number] = get_native_id()
+        with self._gate:
+            self._begun += 1
+            if self._begun == len(self.vcpus):
+                self._all_begun.release()
         try:
             why, errno = run_loop(vcpu, self._ports, self._mmio, self)
         except Exception:  # noqa: BLE001  # our own defect: the machine ends with its traceback in the log, it does not hang
@@ -83,6 +90,17 @@ class VcpuThreads:
         self._arrived[number].release()  # whoever waits for this vCPU need not any more
         if why != STOPPED:
             self._on_exit(vcpu, why, errno)
+
+    def native_ids(self) -> list[int]:
+        """Kernel thread ids, in the order of the vCPUs. Waits for threads that were created but have not begun yet.
+
+        Raises: HostError when they do not.
+        """
+        if 0 in self.thread_ids:
+            if not self._all_begun.acquire(timeout=STOP_SECONDS):
+                raise HostError(f"a vCPU thread did not begin within {STOP_SECONDS:g} s")
+            self._all_begun.release()
+        return list(self.thread_ids)
 
     def revive(self) -> None:
         """Give vCPUs whose run loop has ended a thread again. Call it while paused, with their registers set anew."""
