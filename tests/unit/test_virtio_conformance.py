@@ -52,6 +52,8 @@ def factory(request: pytest.FixtureRequest, tmp_path: Path):
 
     def make() -> Driver:
         driver: Driver
+        while made:  # an image has one writer
+            made.pop().close()
         if request.param.startswith("block"):
             driver = BlockDriver(tmp_path, readonly=request.param == "block-readonly")
         else:

@@ -47,17 +47,24 @@ class CharDeviceConfig:
 
 
 class DriveConfig:
-    """A disk image. `direct` is None when the user did not say: O_DIRECT where the file system has it."""
+    """A disk image. `direct` is None when the user did not say: O_DIRECT where the file system has it.
 
-    __slots__ = ("aio", "direct", "file", "id", "readonly")
+    `aio` is None when the user did not say: the kernel's own engine with O_DIRECT, none without. `detect_zeroes` is off, on
+    or unmap; `iops_limit` in requests a second, 0 for none.
+    """
 
-    def __init__(self, id: str, file: str, readonly: bool = False, direct: bool | None = None,
-                 aio: str = "off") -> None:
+    __slots__ = ("aio", "detect_zeroes", "direct", "discard", "file", "id", "iops_limit", "readonly")
+
+    def __init__(self, id: str, file: str, readonly: bool = False, direct: bool | None = None, aio: str | None = None,
+                 discard: bool = False, detect_zeroes: str = "off", iops_limit: int = 0) -> None:
         self.id = id
         self.file = file
         self.readonly = readonly
         self.direct = direct
         self.aio = aio
+        self.discard = discard
+        self.detect_zeroes = detect_zeroes
+        self.iops_limit = iops_limit
 
 
 class RngBackendConfig:

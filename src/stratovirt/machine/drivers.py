@@ -62,7 +62,8 @@ def _create_block(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     options = device.options
     image = RawImage(around.config.drives[options.string("drive")])
     serial = options.optional_string("serial") or ""
-    return VirtioBlock(image, options.integer("queue-size"), serial, _reporter(device.id))
+    return VirtioBlock(image, options.integer("queue-size"), serial, _reporter(device.id), loop=around.loop_of(device),
+                       queues=options.integer("num-queues"))
 
 
 def _create_net(around: Surroundings, device: DeviceConfig) -> VirtioDevice:

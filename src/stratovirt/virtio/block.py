@@ -3,122 +3,250 @@
 A request is one chain: a 16-byte header (u32 type, u32 reserved, u64 sector), the data, one status byte at the very end.
 Header and status are found by counting bytes, not descriptors: the driver may split a request anywhere (2.7.4.2).
 
-Config space, struct virtio_blk_config: 0 capacity (u64, 512-byte sectors), 8 size_max (u32), 12 seg_max (u32),
-16 geometry, 20 blk_size (u32), 24 topology, 32 writeback (u8), 34 num_queues (u16), 36-59 discard and write zeroes.
+With `aio=off` a request is carried out where it is found. Otherwise it is handed to an engine, which owns its buffers until
+it is finished; at most one queue's worth is on the way for each queue. A finished flush means that every write that
+was finished before it came is on stable storage, which is all that a driver may ask (5.2.6.2).
+
+An image that has grown is noticed when the driver flushes or resets the disk, without polling: the driver is told through
+the config interrupt. One that has shrunk is not; what is missing gives I/O errors.
+
+Threads: all of it on the device's loop, but `reset`, which waits for requests on the way, on a vCPU thread.
 """
 
 from __future__ import annotations
 
+import select
 import struct
+import time
 
-from stratovirt.backends.block import SECTOR_SIZE, RawImage
+from stratovirt.backends.block import (
+    DISCARD,
+    FLUSH,
+    KINDS,
+    READ,
+    SECTOR_SIZE,
+    WRITE,
+    WRITE_ZEROES,
+    BlockRequest,
+    RawImage,
+)
 from stratovirt.errors import GuestError, HostError
-from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice
+from stratovirt.loop import READ as READABLE
+from stratovirt.virtio.block_config import F_DISCARD, F_FLUSH, F_WRITE_ZEROES, MAX_RANGE_SECTORS, config_of, features_of
+from stratovirt.virtio.device import F_VERSION_1, VirtioDevice
 from stratovirt.virtio.queue import Chain, Virtqueue, split
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-F_SEG_MAX = 2
-F_RO = 5
-F_FLUSH = 9
+    from stratovirt.backends.aio_threads import ThreadEngine
+    from stratovirt.backends.block_rate import LeakyBucket
+    from stratovirt.loop import EventLoop, Timer
 
-T_IN, T_OUT, T_FLUSH, T_GET_ID = 0, 1, 4, 8
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = b"\x00", b"\x01", b"\x02"
 
 _HEADER = struct.Struct("<IIQ")  # struct virtio_blk_req { le32 type; le32 reserved; le64 sector; ... }
-_CONFIG = struct.Struct("<QII4xI8xBxH24x")
-assert _CONFIG.size == 60
+_RANGE = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; le32 flags; }
+_FLAG_UNMAP = 1
 SERIAL_SIZE = 20
-CONFIG_SIZE = _CONFIG.size
+SETTLE_SECONDS = 10.0  # how long a reset or pause waits for the host to finish what it has begun
 
 
-class _RequestError(Exception):
-    """The request cannot be done; the driver is told with S_IOERR and both sides go on."""
+class _Refused(Exception):
+    """The request is not to be done; the driver is told this status and both sides go on."""
+
+    def __init__(self, status: bytes) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class _DiskRequest(BlockRequest):
+    """A request, and where its answer goes. `written`: bytes that the driver gets when it succeeds, but for the status."""
+
+    __slots__ = ("head", "index", "queue", "status", "written")
+
+    def __init__(self, kind: int, views: list[memoryview], offset: int, length: int, written: int = 0) -> None:
+        super().__init__(kind, views, offset, length)
+        self.written = written
+        self.queue: Virtqueue | None = None
+        self.index = 0
+        self.head = 0
+        self.status: memoryview | None = None
 
 
 class VirtioBlock(VirtioDevice):
-    """One disk with one request queue. `on_error` hears of I/O errors of the image, for the log.
+    """One disk, or with a NoImage a drive with nothing in it; `replace_image` changes what is in it at any time.
 
-    Without an image it is a drive with nothing in it, of capacity 0; `replace_image` changes what is in it at any time.
+    `on_error` hears of I/O errors of the image, for the log; `loop` is the device's, which engines and a limit
+    of the request rate need. The limit holds for each queue by itself.
     """
 
     device_id = 2
     name = "virtio-blk"
 
-    def __init__(self, image: RawImage | None, queue_size: int = 256, serial: str = "",
-                 on_error: Callable[[HostError], None] | None = None) -> None:
+    def __init__(self, image: RawImage, queue_size: int = 256, serial: str = "",
+                 on_error: Callable[[HostError], None] | None = None, *,
+                 loop: EventLoop | None = None, queues: int = 1) -> None:
         super().__init__()
-        self.queue_sizes = (queue_size,)
+        self.queue_sizes = (queue_size,) * queues
         self._on_error = on_error
-        self.features |= 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX | 1 << F_FLUSH | 1 << F_SEG_MAX
+        self._loop = loop
+        self._engine: ThreadEngine | None = None
+        self._paused = False
+        self._in_flight = [0] * queues
+        self._waiting: set[int] = set()  # queues that may hold more than could be taken
+        self._buckets: list[LeakyBucket] = []
+        self._timers: list[Timer | None] = [None] * queues
+        # by kind of request, for the curious; writes of zeroes count as writes
+        self.operations, self.bytes, self.failures = [0] * KINDS, [0] * KINDS, [0] * KINDS
         self._insert(image, serial)
 
-    def _insert(self, image: RawImage | None, serial: str) -> None:
+    def _insert(self, image: RawImage, serial: str) -> None:
+        queues = len(self.queue_sizes)
         self.image = image
         self.serial = serial.encode("ascii", "replace")[:SERIAL_SIZE].ljust(SERIAL_SIZE, b"\0")
-        self.sectors = image.size // SECTOR_SIZE if image is not None else 0
-        # A driver that has negotiated already does not see this bit change: its writes to a read-only image fail.
-        self.features = self.features & ~(1 << F_RO) | (1 << F_RO if image is not None and image.readonly else 0)
-        # two descriptors of every request are header and status
-        self.config = _CONFIG.pack(self.sectors, 0, max(self.queue_sizes[0] - 2, 1), SECTOR_SIZE, 0, 1)
+        self.sectors = image.size // SECTOR_SIZE
+        # A driver that has negotiated already does not see these change: its writes to a read-only image fail.
+        self.features = 1 << F_VERSION_1 | features_of(image, queues)
+        self.config = config_of(image, queues, self.queue_sizes[0])
+        self._asynchronous = self._loop is not None and image.engine != "off"
+        self._buckets = []
+        if self._loop is not None and image.iops_limit:
+            from stratovirt.backends.block_rate import LeakyBucket
 
-    def replace_image(self, image: RawImage | None, serial: str = "") -> RawImage | None:
-        """Change what is in the drive; returns what was. Requests in flight are finished, and the driver is told.
+            self._buckets = [LeakyBucket(image.iops_limit) for _ in self.queue_sizes]
 
-        The image that is returned is no longer used, and the caller's to close. Thread: the main loop's.
+    def replace_image(self, image: RawImage, serial: str = "") -> RawImage:
+        """Change what is in the drive; returns what was. Requests on the way are finished first, and the driver is told.
+
+        The image that is returned is no longer used, and the caller's to close. Thread: any.
         """
         with self._work:
+            interrupt, again = self._settle()
+            self._close_engine()
             old = self.image
             self._insert(image, serial)
+        self._tell(interrupt, again)
         if self.transport is not None:
             self.transport.notify_config()
         return old
 
-    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
+    # -- requests, on the device's loop
+
+    def ready(self, index: int) -> bool:
+        if self._paused or self._in_flight[index] >= self.queue_sizes[index]:
+            self._waiting.add(index)
+            return False
+        if self._buckets and self._loop is not None:
+            delay = self._buckets[index].delay(self._loop.clock())
+            if delay > 0.0:
+                self._come_back(index, delay, self._loop)
+                return False
+        return True
+
+    def _come_back(self, index: int, delay: float, loop: EventLoop) -> None:
+        if self._timers[index] is not None:
+            return
+
+        def fire() -> None:
+            self._timers[index] = None
+            if self.transport is not None:
+                self.transport.requeue(index)
+
+        self._timers[index] = loop.call_later(delay, fire)
+
+    def _drain(self, index: int, queue: Virtqueue) -> bool:
+        if self._asynchronous and self._engine is None:
+            self._open_engine()
+        try:
+            return super()._drain(index, queue)
+        finally:
+            if self._engine is not None:
+                self._engine.kick()
+
+    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int | None:
         if chain.readable_length < _HEADER.size or chain.writable_length < 1:
             raise GuestError(self.name, f"a request of {chain.readable_length} readable and {chain.writable_length} writable "
                              "bytes has no header or no status", "VIRTIO 1.2, 5.2.6")
+        if self._buckets:
+            self._buckets[index].pour()
         header, data_out = split(chain.readable, _HEADER.size)
         data_in, status = split(chain.writable, chain.writable_length - 1)
         kind, _, sector = _HEADER.unpack(b"".join(header))
-        image = self.image
-        written = 0
-        try:
-            if image is None and kind in (T_IN, T_OUT, T_FLUSH):
-                raise _RequestError
-            if kind == T_IN and image is not None:
-                length = chain.writable_length - 1
-                image.read(data_in, self._position(sector, length))
-                written = length
-            elif kind == T_OUT and image is not None:
-                if image.readonly:
-                    raise _RequestError
-                image.write(data_out, self._position(sector, chain.readable_length - _HEADER.size))
-                if not self.driver_features >> F_FLUSH & 1:
-                    image.flush()  # a driver that cannot flush expects a write-through disk (5.2.6.2)
-            elif kind == T_FLUSH and image is not None:
-                if not image.readonly:
-                    image.flush()
-            elif kind == T_GET_ID:
-                written = self._get_id(data_in)
-            else:
-                status[0][:] = S_UNSUPP
-                return 1
+        if kind == T_GET_ID:
+            written = self._get_id(data_in)
             status[0][:] = S_OK
-        except HostError as error:
-            if self._on_error is not None:
-                self._on_error(error)
-            status[0][:] = S_IOERR
-        except _RequestError:
-            status[0][:] = S_IOERR
-        return written + 1
+            return written + 1
+        image = self.image
+        try:
+            request = self._request(image, kind, sector, chain, data_in, data_out)
+        except _Refused as refusal:
+            status[0][:] = refusal.status
+            return 1
+        request.status = status[0]
+        if self._engine is None:
+            try:
+                image.perform(request)
+            except HostError as error:
+                request.error = error
+            return self._answer(request)
+        request.index, request.queue, request.head = index, queue, chain.head
+        self._in_flight[index] += 1
+        self._engine.submit(request)
+        return None
+
+    def _request(self, image: RawImage, kind: int, sector: int, chain: Chain, data_in: list[memoryview],
+                 data_out: list[memoryview]) -> _DiskRequest:
+        """What the driver asks for. Raises: _Refused."""
+        if kind == T_IN:
+            length = chain.writable_length - 1
+            return _DiskRequest(READ, data_in, self._position(sector, length), length, length)
+        length = chain.readable_length - _HEADER.size
+        if kind == T_OUT:
+            if image.readonly:
+                raise _Refused(S_IOERR)
+            request = _DiskRequest(WRITE, data_out, self._position(sector, length), length)
+            if image.detect_zeroes != "off" and length:
+                from stratovirt.backends.aio_syscalls import is_zero
+
+                if is_zero(data_out):
+                    request.kind, request.views = WRITE_ZEROES, []
+                    request.unmap = image.detect_zeroes == "unmap"
+            # a driver that cannot flush expects a write-through disk (5.2.6.2)
+            request.durable = not self.driver_features >> F_FLUSH & 1
+            return request
+        if kind == T_FLUSH:
+            return _DiskRequest(FLUSH, [], 0, 0)
+        feature = F_DISCARD if kind == T_DISCARD else F_WRITE_ZEROES if kind == T_WRITE_ZEROES else None
+        if feature is None or not self.driver_features >> feature & 1 or (kind == T_DISCARD and not image.discards):
+            raise _Refused(S_UNSUPP)
+        if image.readonly:
+            raise _Refused(S_IOERR)
+        return self._range_request(image, kind, data_out, length)
+
+    def _range_request(self, image: RawImage, kind: int, data_out: list[memoryview], length: int) -> _DiskRequest:
+        if length != _RANGE.size or self.image.readonly:  # max_discard_seg and max_write_zeroes_seg are 1
+            raise _Refused(S_IOERR)
+        sector, sectors, flags = _RANGE.unpack(b"".join(data_out))
+        if flags & ~_FLAG_UNMAP or (flags and kind == T_DISCARD):
+            raise _Refused(S_UNSUPP)
+        if sectors > MAX_RANGE_SECTORS:
+            raise _Refused(S_IOERR)
+        size = sectors * SECTOR_SIZE
+        if kind == T_DISCARD and not self.image.discards:
+            self._position(sector, size)
+            raise _Refused(S_OK)  # a hint, and the drive took hints for the image that was in it before
+        request = _DiskRequest(DISCARD if kind == T_DISCARD else WRITE_ZEROES, [], self._position(sector, size), size)
+        request.unmap = flags == _FLAG_UNMAP and image.discards
+        request.durable = kind == T_WRITE_ZEROES and not self.driver_features >> F_FLUSH & 1
+        return request
 
     def _position(self, sector: int, length: int) -> int:
-        """Byte offset of a request on the disk. Raises _RequestError unless all of it lies there."""
+        """Byte offset of a request on the disk. Raises _Refused unless all of it lies there."""
         if length % SECTOR_SIZE or sector + length // SECTOR_SIZE > self.sectors:
-            raise _RequestError
+            raise _Refused(S_IOERR)
         return sector * SECTOR_SIZE
 
     def _get_id(self, data_in: list[memoryview]) -> int:
@@ -127,3 +255,138 @@ class VirtioBlock(VirtioDevice):
             part, rest = rest[: len(view)], rest[len(view) :]
             view[: len(part)] = part
         return SERIAL_SIZE - len(rest)
+
+    def _answer(self, request: _DiskRequest) -> int:
+        """Set the status of a finished request; returns how many bytes the driver got."""
+        error, status, kind = request.error, request.status, request.kind
+        if kind == WRITE_ZEROES:
+            kind = WRITE
+        self.operations[kind] += 1
+        if error is None:
+            self.bytes[kind] += request.length
+        else:
+            self.failures[kind] += 1
+        if error is not None and self._on_error is not None:
+            self._on_error(error)
+        if status is not None:
+            status[:] = S_OK if error is None else S_IOERR
+        if request.kind == FLUSH:
+            self._notice_growth()
+        return 1 + (request.written if error is None else 0)
+
+    def _notice_growth(self) -> None:
+        image = self.image
+        try:
+            size = image.current_size()
+        except OSError:
+            return  # a device that is gone; reads and writes tell the driver
+        if size > image.size:
+            image.size = size
+            self.sectors = size // SECTOR_SIZE
+            self.config = config_of(image, len(self.queue_sizes), self.queue_sizes[0])
+            if self.transport is not None:
+                self.transport.notify_config()
+
+    # -- the engine
+
+    def _open_engine(self) -> None:
+        from stratovirt.backends.aio import open_engine
+
+        if self._loop is None:
+            return
+        try:
+            self._engine = open_engine(self.image)
+        except OSError as error:  # no descriptor is left; the disk works without an engine, one request after the other
+            self._asynchronous = False
+            if self._on_error is not None:
+                self._on_error(HostError.from_os(f"opening the engine of {self.image.path}", error))
+            return
+        self._loop.add(self._engine.fd, READABLE, self._on_finished)
+
+    def _close_engine(self) -> None:
+        """Called with `_work` held, when nothing is on the way any more, or nothing that ends."""
+        engine, loop, self._engine = self._engine, self._loop, None
+        if engine is not None and loop is not None:
+            self._in_flight = [0] * len(self.queue_sizes)
+
+            def close() -> None:
+                loop.remove(engine.fd)
+                engine.close()
+
+            loop.call_soon(close)
+
+    def _on_finished(self, _events: int) -> None:
+        with self._work:
+            interrupt, again = self._collect()
+        self._tell(interrupt, again)
+
+    def _collect(self) -> tuple[bool, set[int]]:
+        """Return finished requests to the driver: does it want an interrupt, and which queues have room again?
+
+        Requests of a driver that has reset the disk meanwhile are dropped. Called with `_work` held.
+        """
+        touched: set[int] = set()
+        for request in self._engine.reap() if self._engine is not None else ():
+            if not isinstance(request, _DiskRequest):
+                continue
+            self._in_flight[request.index] -= 1
+            if request.queue is not None and request.queue in self.queues:
+                request.queue.push(request.head, self._answer(request))
+                touched.add(request.index)
+        interrupt = False
+        for index in touched:
+            queue = self.queues[index]
+            interrupt = (queue is not None and queue.needs_interrupt()) or interrupt
+        again = set() if self._paused else touched & self._waiting
+        self._waiting -= again
+        return interrupt, again
+
+    def _tell(self, interrupt: bool, again: set[int]) -> None:
+        transport = self.transport
+        if transport is None:
+            return
+        if interrupt:
+            transport.notify_used()
+        for index in again:
+            transport.requeue(index)
+
+    # -- standing still
+
+    def _settle(self) -> tuple[bool, set[int]]:
+        """Wait until no request is on the way; the result is that of `_collect`. Called with `_work` held."""
+        engine = self._engine
+        interrupt, again = False, set[int]()
+        if engine is None or not engine.in_flight:
+            return interrupt, again
+        poll = select.poll()
+        poll.register(engine.fd, select.POLLIN)
+        until = time.monotonic() + SETTLE_SECONDS
+        while engine.in_flight:
+            left = until - time.monotonic()
+            if left <= 0:
+                if self._on_error is not None:
+                    self._on_error(HostError(f"{engine.in_flight} requests to {engine.image.path} do not end", 0,
+                                             "the disk takes no others in their place until they do"))
+                break
+            poll.poll(left * 1000)
+            wanted, more = self._collect()
+            interrupt = interrupt or wanted
+            again |= more
+        return interrupt, again
+
+    def on_reset(self) -> None:
+        self._settle()
+        self._waiting.clear()
+        self._notice_growth()
+
+    def pause(self) -> None:
+        with self._work:
+            self._paused = True
+            interrupt, again = self._settle()
+        self._tell(interrupt, again)
+
+    def resume(self) -> None:
+        with self._work:
+            self._paused = False
+            again, self._waiting = self._waiting, set()
+        self._tell(False, again)

@@ -88,6 +88,12 @@ class VirtioDevice:
     def on_reset(self) -> None:
         """For a device with state of its own. Called with `_work` held."""
 
+    def pause(self) -> None:
+        """The machine stops. Nothing is on its way when this returns, and nothing is begun until `resume`."""
+
+    def resume(self) -> None:
+        """The machine goes on."""
+
     # -- config space
 
     def read_config(self, offset: int, size: int) -> int:
@@ -135,13 +141,17 @@ class VirtioDevice:
             except GuestError:
                 queue.push(chain.head, 0)
                 raise
-            queue.push(chain.head, written)
+            if written is not None:
+                queue.push(chain.head, written)
         return True
 
     def ready(self, index: int) -> bool:
         """Can the next request be taken now? A device that says no calls `transport.requeue` when it can again."""
         return True
 
-    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
-        """Serve one request; returns how many bytes were written into it. Raises GuestError to break the device."""
+    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int | None:
+        """Serve one request; returns how many bytes were written into it. Raises GuestError to break the device.
+
+        None: it is on its way, and the device pushes it when it is finished.
+        """
         raise NotImplementedError(f"{self.name} has no queue {index}")
