@@ -9,13 +9,13 @@ import struct
 from collections.abc import Callable, Iterator
 
 import pytest
-import virtio_driver as vd
-from virtio_driver import Driver, GuestQueue
 
 from stratovirt.backends.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, Tap
 from stratovirt.errors import HostError, StratoVirtError
 from stratovirt.loop import EventLoop
 from stratovirt.virtio.net import CTRL, F_CTRL_VLAN, F_MRG_RXBUF, RX, TX, VirtioNet
+from unit import virtio_driver as vd
+from unit.virtio_driver import Driver, GuestQueue
 
 MAC = bytes.fromhex("525400123456")
 OTHER = bytes.fromhex("020000000001")
@@ -56,8 +56,11 @@ class Interface:
     def start(self, features: int = HIGH_FEATURES) -> None:
         self.driver.start(features)
         for index, fd in enumerate(self.driver.transport.notify_fds):
-            self.loop.add(fd, select.EPOLLIN, lambda _events, index=index: self.driver.transport.on_notify(index))
+            self.loop.add(fd, select.EPOLLIN, self._notifier(index))
         self.settle()
+
+    def _notifier(self, index: int) -> Callable[[int], None]:
+        return lambda _events: self.driver.transport.on_notify(index)
 
     @property
     def rx(self) -> GuestQueue:
@@ -216,7 +219,7 @@ def test_defect_3_receiving_goes_on_after_a_refill(net: Interface) -> None:
             pass
         net.settle()
     assert net.rx.collect() == []
-    got = []
+    got: list[bytes] = []
     while len(got) < len(frames):
         addresses = net.post([256] * 7)
         returned = net.rx.collect()

@@ -151,9 +151,9 @@ def _adopt(fd: int) -> str:
         is_open = isinstance(error, OSError) and error.errno != errno.EBADF
         raise ConfigError("the descriptor is not a tap" if is_open else "no such descriptor is open", option=option,
                           value=str(fd), accepted=accepted) from error
-    if flags & (_WANTED | IFF_MULTI_QUEUE) != _WANTED:
-        missing = [word for bit, word in ((IFF_TAP, "IFF_TAP"), (IFF_NO_PI, "IFF_NO_PI"), (IFF_VNET_HDR, "IFF_VNET_HDR"))
-                   if not flags & bit]
+    # IFF_NO_PI cannot be checked: to TUNGETIFF the same bit says that no socket filter is attached.
+    if flags & (IFF_TAP | IFF_VNET_HDR | IFF_MULTI_QUEUE) != IFF_TAP | IFF_VNET_HDR:
+        missing = [word for bit, word in ((IFF_TAP, "IFF_TAP"), (IFF_VNET_HDR, "IFF_VNET_HDR")) if not flags & bit]
         why = f"opened without {', '.join(missing)}" if missing else "opened with IFF_MULTI_QUEUE"
         raise ConfigError(f"the tap was {why}", option=option, value=str(fd), accepted=accepted)
     os.set_inheritable(fd, False)

@@ -1,0 +1,209 @@
+"""Real Linux on a tap: pings and TCP both ways, a restart in place, and a tap that is taken away from a running guest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from guest import initramfs
+from linux_guest import DEADLINE, Guest
+
+HOST, GUEST = "10.77.0.1", "10.77.0.2"
+MEBIBYTE = 1 << 20
+AMOUNT = 48
+PATTERN = hashlib.sha512(b"a block that no other resembles").digest() * (MEBIBYTE // 64)
+
+CONFIGURE = f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0\n"
+# The guest makes its data from a seed block, numbered, so that a block lost, doubled or moved changes the checksum.
+MAKE_DATA = f"""
+i=0
+while [ $i -lt {AMOUNT} ]; do printf '%016d' $i; head -c {MEBIBYTE - 16} /tmp/seed; i=$((i + 1)); done >/tmp/data
+"""
+
+
+def data() -> Iterator[bytes]:
+    for number in range(AMOUNT):
+        yield b"%016d" % number + PATTERN[: MEBIBYTE - 16]
+
+
+def checksum() -> str:
+    digest = hashlib.md5()
+    for block in data():
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
+
+
+@pytest.fixture
+def tap() -> Iterator[str]:
+    """A tap of its own, up and with the host's address."""
+    name = "stratotest0"
+    run("ip", "tuntap", "add", name, "mode", "tap")
+    run("ip", "addr", "add", f"{HOST}/24", "dev", name)
+    run("ip", "link", "set", name, "up")
+    yield name
+    subprocess.run(["ip", "link", "del", name], check=False, capture_output=True, timeout=DEADLINE)
+
+
+def network(tap: str, *more: str, keys: str = "") -> tuple[str, ...]:
+    device = f"virtio-net-device,id=eth0,netdev=net0,mac=52:54:00:ab:cd:ef{keys}"
+    return (*more, "-netdev", f"tap,id=net0,ifname={tap}", "-device", device)
+
+
+class Server:
+    """Listens on the host; `serve(connection)` runs for one connection on a thread of its own."""
+
+    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+        self._listener = socket.create_server((HOST, 0))
+        self._listener.settimeout(DEADLINE)
+        self.port = self._listener.getsockname()[1]
+        self._serve = serve
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._listener, self._listener.accept()[0] as connection:
+                connection.settimeout(DEADLINE)
+                self._serve(connection)
+        except BaseException as error:  # noqa: BLE001 - reported by finish()
+            self._failure = error
+
+    def finish(self) -> None:
+        self._thread.join(DEADLINE)
+        assert not self._thread.is_alive()
+        if self._failure is not None:
+            raise self._failure
+
+
+def receive_all(digest: hashlib._Hash) -> Callable[[socket.socket], None]:
+    def serve(connection: socket.socket) -> None:
+        while piece := connection.recv(1 << 18):
+            digest.update(piece)
+
+    return serve
+
+
+def send_all(connection: socket.socket) -> None:
+    for block in data():
+        connection.sendall(block)
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(1 << 16):
+        pass
+
+
+def send_seed(connection: socket.socket) -> None:
+    connection.sendall(PATTERN)
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(1 << 16):
+        pass
+
+
+@pytest.mark.parametrize(("kernel", "smp", "more", "keys"), [
+    ("small-elf", 1, (), ""),
+    ("small-elf", 2, ("-object", "iothread,id=io0"), ",iothread=io0"),
+    ("stock-elf", 2, (), ",queue-size=1024"),
+], ids=["small", "small-iothread", "stock"])
+def test_ping_and_tcp_both_ways(
+    boot: Callable[..., Guest], tap: str, kernel: str, smp: int, more: tuple[str, ...], keys: str
+) -> None:
+    from_guest = hashlib.md5()
+    seed, to_host, to_guest = Server(send_seed), Server(receive_all(from_guest)), Server(send_all)
+    command = f"""{CONFIGURE}
+    cat /sys/class/net/eth0/address
+    ping -c 3 -i 0.2 -q {HOST} >/tmp/ping && ping -c 3 -i 0.2 -q -s 1400 {HOST} >/tmp/ping; echo ping $?
+    nc {HOST} {seed.port} </dev/null >/tmp/seed
+    {MAKE_DATA}
+    nc {HOST} {to_host.port} </tmp/data; echo sent $?
+    nc {HOST} {to_guest.port} </dev/null | md5sum
+    md5sum </tmp/data
+    echo ready
+    cat >/dev/null </dev/console
+    """
+    guest = boot(kernel, command, smp=smp, memory=384, extra=network(tap, *more, keys=keys))
+    guest.wait_for(b"ready\n", stream=guest.stdout, seconds=600)
+    for server in (seed, to_host, to_guest):
+        server.finish()
+    run(str(initramfs.busybox()), "ping", "-c", "3", "-q", GUEST)
+    run(str(initramfs.busybox()), "ping", "-c", "3", "-q", "-s", "1400", GUEST)
+    expected = checksum()
+    lines = guest.stdout.decode().splitlines()
+    assert lines[:3] == ["52:54:00:ab:cd:ef", "ping 0", "sent 0"]
+    assert [line.split()[0] for line in lines[3:5]] == [expected, expected]
+    assert from_guest.hexdigest() == expected
+    assert guest.errors == ""
+
+
+def test_the_network_works_after_a_restart_in_place(boot: Callable[..., Guest], tap: str) -> None:
+    command = f"""{CONFIGURE}
+    ping -c 2 -q {HOST} >/tmp/ping && echo answer-$((1 + 1)) >/dev/console
+    cat >/dev/null </dev/console
+    """
+    guest = boot("small-elf", command, qmp=True,
+                 extra=network(tap, "-object", "iothread,id=io0", keys=",iothread=io0"))
+    guest.wait_for(b"answer-2")
+    for times in (2, 3):
+        guest.execute("system_reset")
+        guest.wait_for(b"answer-2", count=times)
+    guest.execute("quit")
+    assert guest.wait_end() == 0
+
+
+def test_an_inherited_descriptor(boot: Callable[..., Guest], tap: str) -> None:
+    """As Kata and libvirt start it: the tap is opened by somebody else and passed on."""
+    import fcntl
+    import struct
+
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    try:
+        fcntl.ioctl(fd, 0x400454CA, struct.pack("=16sH22x", tap.encode(), 0x0002 | 0x1000 | 0x4000))
+        os.set_inheritable(fd, True)
+        guest = boot("small-elf", f"{CONFIGURE} ping -c 2 -q {HOST} >/tmp/ping; echo ping $?", descriptors=(fd,),
+                     extra=("-netdev", f"tap,id=net0,fd={fd}", "-device", "virtio-net-device,id=eth0,netdev=net0"))
+    finally:
+        os.close(fd)
+    assert guest.finish() == (0, "ping 0\n")
+
+
+def test_a_tap_that_is_taken_away_is_a_link_that_went_down(boot: Callable[..., Guest], tap: str) -> None:
+    command = f"""{CONFIGURE}
+    ping -q {HOST} >/dev/null &
+    ping -c 2 -q {HOST} >/tmp/ping && echo up $(cat /sys/class/net/eth0/carrier)
+    while [ "$(cat /sys/class/net/eth0/carrier)" = 1 ]; do sleep 0.1; done
+    echo down
+    ping -c 2 -W 1 -q {HOST} >/tmp/ping; echo still alive
+    """
+    guest = boot("small-elf", command, qmp=True, extra=network(tap))
+    guest.wait_for(b"up 1\n", stream=guest.stdout)
+    run("ip", "link", "del", tap)
+    guest.wait_for(b"down\n", stream=guest.stdout)
+    assert guest.execute("query-status")["running"] is True
+    assert guest.finish() == (0, "up 1\ndown\nstill alive\n")
+    (line,) = guest.errors.splitlines()
+    assert tap in line and "the link is down" in line
+
+
+def test_a_disk_and_an_interface_share_an_iothread(boot: Callable[..., Guest], tap: str, tmp_path: os.PathLike[str]) -> None:
+    """Both at once: neither stops the other, and the disk holds what came over the network."""
+    image = os.path.join(tmp_path, "image")
+    with open(image, "wb") as file:
+        file.truncate(AMOUNT * MEBIBYTE)
+    to_guest = Server(send_all)
+    command = f"""{CONFIGURE}
+    nc {HOST} {to_guest.port} </dev/null | dd of=/dev/vda bs=64k iflag=fullblock oflag=direct 2>/dev/null; sync
+    """
+    disk = ("-object", "iothread,id=io0", "-drive", f"id=disk,file={image},direct=off",
+            "-device", "virtio-blk-device,drive=disk,id=blk0,iothread=io0")
+    guest = boot("small-elf", command, extra=network(tap, *disk, keys=",iothread=io0"))
+    assert guest.finish(600) == (0, "")
+    with open(image, "rb") as file:
+        assert hashlib.md5(file.read()).hexdigest() == checksum()
