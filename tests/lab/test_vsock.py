@@ -96,7 +96,8 @@ def test_10_mib_from_a_guest_that_connects_and_back(
         guest = boot(
             kernel,
             f"{PROGRAM} head -c {10 * MEBIBYTE} /dev/urandom >/tmp/out;"
-            f" /tmp/vsockcat connect 2 {port} </tmp/out >/tmp/in || echo failed; wc -c </tmp/in; md5sum </tmp/out; md5sum </tmp/in",
+            f" /tmp/vsockcat connect 2 {port} </tmp/out >/tmp/in || echo failed; wc -c </tmp/in;"
+            " md5sum </tmp/out; md5sum </tmp/in",
             smp=smp,
             disk=vsockcat,
             extra=vsock_device(cid),

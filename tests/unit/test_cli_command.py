@@ -273,8 +273,6 @@ NOT_YET = [
     ("-device virtio-net-device,id=n,netdev=n,mq=on", "-device virtio-net-device,mq", "on"),
     ("-device virtio-net-device,id=n,netdev=n,rx-iothread=i", "-device virtio-net-device,rx-iothread", "i"),
     ("-device virtio-balloon-device,id=b,deflate-on-oom=true", "-device virtio-balloon-device", "id=b,deflate-on-oom=true"),
-    ("-device virtio-serial-device,id=s,max_ports=31", "-device virtio-serial-device", "id=s,max_ports=31"),
-    ("-device virtconsole,id=c,chardev=x,nr=0", "-device virtconsole", "id=c,chardev=x,nr=0"),
     ("-device vhost-user-fs-device,id=f,chardev=c,tag=share", "-device vhost-user-fs-device", "id=f,chardev=c,tag=share"),
     ("-device usb-kbd,id=k", "-device usb-kbd", "id=k"),
     ("-drive id=d,file=f,aio=native", "-drive aio", "native"),
@@ -362,7 +360,6 @@ def test_a_network_that_cannot_be(line: str, message: str) -> None:
 
 @pytest.mark.parametrize("line", [
     "-chardev socket,id=virtio_fs,path=/run/v.socket,server,nowait -device vhost-user-fs-device,chardev=virtio_fs,tag=k,id=fs0",
-    "-device virtio-serial-device,id=virtio-serial0",
 ])
 def test_kata_is_told_which_device_is_missing(line: str) -> None:
     error = refuse(f"{KATA} {line}")

@@ -60,6 +60,16 @@ class CharDevice:
         self._receive: Callable[[bytes], None] | None = None
         self._can_receive: Callable[[], int] = int
         self._writable: Callable[[], None] | None = None
+        self._connection_changed: Callable[[bool], None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Is there another side? Only a socket without a client says no."""
+        return True
+
+    def watch_connection(self, changed: Callable[[bool], None]) -> None:
+        """Call `changed(connected)` when the other side comes or goes."""
+        self._connection_changed = changed
 
     # -- output
 

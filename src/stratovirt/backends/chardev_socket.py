@@ -60,6 +60,8 @@ class SocketCharDevice(DescriptorCharDevice):
         self._client = client
         self._watches_input = self._receive is not None
         self._attach(client.fileno())
+        if self._connection_changed is not None:
+            self._connection_changed(True)
 
     def _disconnect(self) -> None:
         client, self._client = self._client, None
@@ -69,6 +71,8 @@ class SocketCharDevice(DescriptorCharDevice):
         self._detach()
         client.close()
         self._listen()
+        if self._connection_changed is not None:
+            self._connection_changed(False)
 
     def _end_of_input(self) -> None:
         self._disconnect()

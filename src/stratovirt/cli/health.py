@@ -136,6 +136,7 @@ def _check_devices(config: VmConfig) -> None:
     if len(config.iothreads) > options.MAX_IOTHREADS:
         raise ConfigError("too many iothreads", option="-object iothread,id", value=config.iothreads[options.MAX_IOTHREADS],
                           accepted=f"at most {options.MAX_IOTHREADS}")
+    port_users: set[str] = set()
     for device in config.devices:
         title = f"-device {device.driver}"
         if device.driver == "virtio-blk-device":
@@ -164,6 +165,16 @@ def _check_devices(config: VmConfig) -> None:
                 raise ConfigError(f"there is no rng-random object {rng}", option=f"{title},rng", value=rng,
                                   accepted=_ids("-object rng-random", config.rng_backends))
             _check_rate(device.options, title)
+        elif device.driver in ("virtconsole", "virtserialport"):
+            chardev = device.options.string("chardev")
+            if chardev in port_users or chardev not in config.chardevs:
+                raise ConfigError(f'Chardev "{chardev}" not found or is in use', option=f"{title},chardev", value=chardev,
+                                  accepted="the id of a -chardev that nothing else uses")
+            port_users.add(chardev)
+    if port_users or any(device.driver == "virtio-serial-device" for device in config.devices):
+        from stratovirt.config.ports import number_ports
+
+        number_ports(config.devices)
 
 
 def _check_iothread(config: VmConfig, values: OptionValues, title: str) -> None:

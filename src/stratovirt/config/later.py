@@ -63,20 +63,6 @@ OBJECTS = {
 }
 
 DEVICES = {
-    "virtio-serial-device": Group("-device virtio-serial-device", "controller of virtio consoles and ports", (
-        _ID,
-        Key("max-ports", Int(1, 31), "ports", 31, aliases=("max_ports",)),
-    ), works=False),
-    "virtconsole": Group("-device virtconsole", "console on a virtio-serial-device", (
-        _ID,
-        _CHARDEV,
-        Key("nr", Int(0, 30), "port number"),
-    ), works=False),
-    "virtserialport": Group("-device virtserialport", "port on a virtio-serial-device", (
-        _ID,
-        _CHARDEV,
-        Key("nr", Int(1, 30), "port number; 0 is for a console"),
-    ), works=False),
     "virtio-balloon-device": Group("-device virtio-balloon-device", "takes memory back from the guest", (
         _ID,
         Key("deflate-on-oom", _STRICT, "give memory back before the guest runs out", False),

@@ -38,6 +38,7 @@ SERIAL_NUMBER_SIZE = 20
 _BOOL = Bool()
 _STRING = String()
 _ID = Key("id", _STRING, "the name by which other options and QMP refer to it", required=True)
+_CHARDEV = Key("chardev", _STRING, "the id of its -chardev", required=True)
 _FD = Int(0, (1 << 31) - 1)
 _ACCEL = Choice("kvm", "kvm:tcg", "test")
 _HAVE_ACCEL = ("kvm", "kvm:tcg")
@@ -186,6 +187,20 @@ DEVICES = {
         Key("rng", _STRING, "the id of its -object rng-random", required=True),
         Key("max-bytes", Int(1, U64_MAX), "bytes in a period, with period"),
         Key("period", Int(1, U64_MAX), "milliseconds, with max-bytes"),
+    )),
+    "virtio-serial-device": Group("-device virtio-serial-device", "controller of virtio consoles and ports", (
+        _ID,
+        Key("max-ports", Int(1, 31), "ports", 31, aliases=("max_ports",)),
+    )),
+    "virtconsole": Group("-device virtconsole", "console on the virtio-serial-device", (
+        _ID,
+        _CHARDEV,
+        Key("nr", Int(0, 30), "port number; the lowest free one if left out"),
+    )),
+    "virtserialport": Group("-device virtserialport", "port on the virtio-serial-device; its name in the guest is its id", (
+        _ID,
+        _CHARDEV,
+        Key("nr", Int(1, 30), "port number, 0 is for a console; the lowest free one if left out"),
     )),
     "vhost-vsock-device": Group("-device vhost-vsock-device", "sockets between host and guest", (
         _ID,

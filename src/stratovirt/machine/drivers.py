@@ -97,12 +97,29 @@ def _create_vsock(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     return VhostVsock(backend, guest_cid, around.loop, _reporter(device.id))
 
 
+def _create_serial(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.config.ports import CONSOLE, number_ports
+    from stratovirt.virtio.console import Port, VirtioConsole
+
+    ports = number_ports(around.config.devices)
+    return VirtioConsole([
+        Port(number, port.id, around.chardevs[port.options.string("chardev")], port.driver == CONSOLE)
+        for number, port in ports.items()
+    ])
+
+
 DRIVERS: dict[str, tuple[str, Callable[[Surroundings, DeviceConfig], VirtioDevice]]] = {
     "virtio-blk-device": (BLOCK, _create_block),
     "virtio-net-device": (NET, _create_net),
     "virtio-rng-device": (OTHER, _create_rng),
+    "virtio-serial-device": (OTHER, _create_serial),
     "vhost-vsock-device": (OTHER, _create_vsock),
 }
+
+
+def takes_slot(device: DeviceConfig) -> bool:
+    """Ports have none of their own: their controller, wherever it stands on the command line, brings them along."""
+    return device.driver not in ("virtconsole", "virtserialport")
 
 
 def create(around: Surroundings, device: DeviceConfig) -> VirtioDevice:

@@ -73,7 +73,8 @@ class MicroVm(Lifecycle):
         self.vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
         self.vm.create_timer()
 
-        chosen = assign_slots(config.devices)
+        devices = [device for device in config.devices if drivers.takes_slot(device)]
+        chosen = assign_slots(devices)
         topology = topology_of(config.smp)
         self.boot = Boot(config, topology.apic_ids, chosen)
         self.boot.load(self.memory)
@@ -81,7 +82,7 @@ class MicroVm(Lifecycle):
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
         self._create_iothreads()
         around = drivers.Surroundings(config, self.memory, self.loop, self.chardevs, self.iothreads)
-        for device, slot in zip(config.devices, chosen, strict=True):
+        for device, slot in zip(devices, chosen, strict=True):
             virtio = drivers.create(around, device)
             self.slots.append(plug(virtio, device.id, slot, self.vm, self.memory, self.mmio,
                                    around.loop_of(device)))

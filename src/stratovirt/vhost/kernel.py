@@ -22,12 +22,15 @@ from stratovirt.vhost import _uapi as uapi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from collections.abc import Callable
 
     from stratovirt.memory import GuestMemory
 
-    class Ioctl(Protocol):
-        def __call__(self, fd: int, request: int, argument: bytes | bytearray | int = 0, /) -> object: ...
+    Ioctl = Callable[[int, int, bytes | bytearray | int], object]
+
+
+def _ioctl(fd: int, request: int, argument: bytes | bytearray | int) -> object:
+    return fcntl.ioctl(fd, request, argument)
 
 
 class KernelVhost:
@@ -38,11 +41,11 @@ class KernelVhost:
 
     __slots__ = ("_ioctl", "fd", "memory", "name")
 
-    def __init__(self, fd: int, name: str, memory: GuestMemory, ioctl: Ioctl = fcntl.ioctl) -> None:
+    def __init__(self, fd: int, name: str, memory: GuestMemory, ioctl: Ioctl | None = None) -> None:
         self.fd = fd
         self.name = name
         self.memory = memory
-        self._ioctl = ioctl
+        self._ioctl: Ioctl = ioctl or _ioctl
 
     def call(self, operation: str, request: int, argument: bytes | bytearray | int = 0) -> None:
         """One ioctl. `operation` is its name, for the error."""
