@@ -113,7 +113,7 @@ def test_resets_from_another_thread_while_frames_arrive() -> None:
     # the interface's loop becomes the iothread's: moved there before the thread starts
     net.loop.remove(net.tap.fd)
     net.loop.close()
-    net.loop = net.device._loop = thread.loop
+    net.loop = net.driver.loop = net.device._loop = thread.loop
     thread.loop.add(net.tap.fd, 0, net.device._on_tap)
     for index, fd in enumerate(net.driver.transport.notify_fds):
         thread.loop.add(fd, READ, net._notifier(index))

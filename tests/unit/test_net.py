@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from stratovirt.backends.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, Tap
-from stratovirt.errors import HostError, StratoVirtError
-from stratovirt.loop import EventLoop
-from stratovirt.virtio.net import CTRL, F_CTRL_VLAN, F_MRG_RXBUF, RX, TX, VirtioNet
+from stratovirt.backends.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6
+from stratovirt.errors import HostError
+from stratovirt.virtio.net import CTRL, F_CTRL_VLAN, F_MRG_RXBUF, RX, TX
 from unit import virtio_driver as vd
-from unit.virtio_driver import Driver, GuestQueue
+from unit.virtio_devices import NetDriver
+from unit.virtio_driver import GuestQueue
 
 MAC = bytes.fromhex("525400123456")
 OTHER = bytes.fromhex("020000000001")
@@ -26,32 +26,15 @@ RX_DATA, TX_DATA, CTRL_DATA = 0x4_0000, 0x8_0000, 0xC_0000
 COMMAND_AT, ACK_AT = CTRL_DATA, CTRL_DATA + 0x1_0000
 
 
-class PacketTap(Tap):
-    """One end of a socket pair in the place of a tap: it keeps the borders of packets as a tap does."""
-
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd, "tap0")
-        self.offload: int | None = None
-
-    def set_offload(self, flags: int) -> None:
-        self.offload = flags
-
-
 class Interface:
     """A device on a loop, its driver, and the network at the tap's other end."""
 
     def __init__(self) -> None:
-        ours, self.network = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, self.network):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.network.setblocking(False)
-        self.tap = PacketTap(ours.detach())
-        self.loop = EventLoop()
-        self.errors: list[StratoVirtError] = []
-        self.device = VirtioNet(self.tap, MAC, self.loop, on_error=self.errors.append)
-        self.driver = Driver(self.device)
+        self.driver = NetDriver()
+        self.device, self.tap, self.network = self.driver.net, self.driver.tap, self.driver.network
+        self.loop = self.driver.loop
+        self.errors = self.driver.reported
         self.memory = self.driver.memory
-        self.ready = True
 
     def start(self, features: int = HIGH_FEATURES) -> None:
         self.driver.start(features)
@@ -129,10 +112,7 @@ class Interface:
         return self.memory.read(ACK_AT, 1)[0]
 
     def close(self) -> None:
-        self.network.close()
         self.driver.close()
-        self.device.close()
-        self.loop.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unit.virtio_devices import BlockDriver, RngDriver
+from unit.virtio_devices import BlockDriver, NetDriver, RngDriver
 from unit.virtio_driver import (
     ACKNOWLEDGE,
     CONFIG,
@@ -43,7 +43,7 @@ from unit.virtio_driver import (
     GuestQueue,
 )
 
-FACTORIES = ("block", "block-readonly", "rng", "rng-limited")
+FACTORIES = ("block", "block-readonly", "net", "rng", "rng-limited")
 
 
 @pytest.fixture(params=FACTORIES)
@@ -56,6 +56,8 @@ def factory(request: pytest.FixtureRequest, tmp_path: Path):
             made.pop().close()
         if request.param.startswith("block"):
             driver = BlockDriver(tmp_path, readonly=request.param == "block-readonly")
+        elif request.param == "net":
+            driver = NetDriver()
         else:
             driver = RngDriver(rate=1000.0 if request.param == "rng-limited" else None)
         made.append(driver)
