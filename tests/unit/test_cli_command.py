@@ -61,8 +61,17 @@ def test_everything_at_once_in_any_order() -> None:
     assert (rng.options.optional_integer("max-bytes"), rng.options.optional_integer("period")) == (1024, 1000)
 
 
+def test_everything_that_a_disk_takes() -> None:
+    drive = parse("-kernel k -drive id=d,file=/f,direct=on,aio=io_uring,discard=unmap,detect-zeroes=on,"
+                  "throttling.iops-total=1000000").drives["d"]
+    assert (drive.direct, drive.aio, drive.discard, drive.detect_zeroes, drive.iops_limit) == (
+        True, "io_uring", True, "on", 1_000_000)
+
+
 def test_defaults_of_a_disk() -> None:
     config = parse(f"-kernel k {DISK}")
+    drive = config.drives["d"]
+    assert (drive.aio, drive.discard, drive.detect_zeroes, drive.iops_limit) == (None, False, "off", 0)
     options = config.devices[0].options
     assert config.drives["d"].direct is None
     assert (options.integer("queue-size"), options.integer("num-queues"), options.optional_string("serial")) == (256, 1, None)
@@ -275,14 +284,8 @@ NOT_YET = [
     ("-device virtio-balloon-device,id=b,deflate-on-oom=true", "-device virtio-balloon-device", "id=b,deflate-on-oom=true"),
     ("-device vhost-user-fs-device,id=f,chardev=c,tag=share", "-device vhost-user-fs-device", "id=f,chardev=c,tag=share"),
     ("-device usb-kbd,id=k", "-device usb-kbd", "id=k"),
-    ("-drive id=d,file=f,aio=native", "-drive aio", "native"),
-    ("-drive id=d,file=f,aio=io_uring", "-drive aio", "io_uring"),
     ("-drive id=d,file=f,format=qcow2", "-drive format", "qcow2"),
-    ("-drive id=d,file=f,throttling.iops-total=100", "-drive throttling.iops-total", "100"),
-    ("-drive id=d,file=f,discard=unmap", "-drive discard", "unmap"),
-    ("-drive id=d,file=f,detect-zeroes=on", "-drive detect-zeroes", "on"),
     ("-drive file=f,if=pflash,unit=0", "-drive if", "pflash"),
-    (f"{DISK},num-queues=2", "-device virtio-blk-device,num-queues", "2"),
     ("-qmp unix:/q,server,nowait,iothread=i", "-qmp iothread", "i"),
     ("-numa node,nodeid=0", "-numa", "node,nodeid=0"),
     ("-smbios type=1", "-smbios", "type=1"),

@@ -155,7 +155,9 @@ def _drives(config: VmConfig, values: list[str]) -> None:
         drive = read_group(options.DRIVE, text)
         id = _new_id(drive, config.drives, "-drive")
         config.drives[id] = DriveConfig(id, drive.string("file"), drive.boolean("readonly"),
-                                        drive.optional_boolean("direct"), drive.string("aio"))
+                                        drive.optional_boolean("direct"), drive.optional_string("aio"),
+                                        drive.boolean("discard"), drive.string("detect-zeroes"),
+                                        drive.integer("throttling.iops-total"))
 
 
 def _objects(config: VmConfig, values: list[str]) -> None:
