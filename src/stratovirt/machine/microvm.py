@@ -159,8 +159,12 @@ class MicroVm(Lifecycle):
 
     def stop_vcpus(self) -> None:
         self._running_threads().pause()
+        for occupied in self.slots:
+            occupied.device.pause()
 
     def continue_vcpus(self) -> None:
+        for occupied in self.slots:
+            occupied.device.resume()
         self._running_threads().resume()
 
     def reset_hardware(self) -> None:
