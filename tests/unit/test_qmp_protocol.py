@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from stratovirt.control import protocol
 from stratovirt.control.commands import COMMANDS, EVENTS
+from stratovirt.control.descriptors import Descriptors
 from stratovirt.control.protocol import ABSENT, MAX_DEPTH, MAX_DOCUMENT, Decoder, Malformed, QmpError, Request
-from stratovirt.control.table import Argument, Command, CommandTable
+from stratovirt.control.table import Command, CommandTable
+from stratovirt.control.types import ANY, BOOL, INT, STR, UINT64, Array, Enum, Member, Object, record
 
 
 def names(found):
@@ -166,16 +168,22 @@ def command(**options):
     return Command("test", lambda _machine, arguments: arguments, "", **options)
 
 
-ARGUMENTS = (Argument("path", "str", ""), Argument("size", "uint", "", optional=True),
-             Argument("on", "bool", "", optional=True), Argument("delta", "int", "", optional=True))
+ARGUMENTS = (Member("path", STR), Member("size", UINT64, optional=True), Member("on", BOOL, optional=True),
+             Member("delta", INT, optional=True), Member("words", Array(Enum("a", "b")), optional=True),
+             Member("file", record({"name": STR, "size?": UINT64}), optional=True))
 
 
 @pytest.mark.parametrize(("arguments", "word"), [
-    (None, "'arguments'"), ({}, "missing field 'path'"), ({"path": 1}, "'path' must be a string"),
-    ({"path": None}, "'path'"), ({"path": "", "size": -1}, "'size' must be an unsigned"),
-    ({"path": "", "size": 2**64}, "'size'"), ({"path": "", "size": True}, "'size'"), ({"path": "", "size": 1.0}, "'size'"),
-    ({"path": "", "on": 1}, "'on' must be true or false"), ({"path": "", "delta": 2**63}, "'delta'"),
-    ({"path": "", "colour": 1}, "unknown field 'colour', expected one of path, size, on, delta"),
+    (None, "missing field `arguments`"), ({}, "missing field `path`"), ({"path": 1}, "`path` must be a string"),
+    ({"path": None}, "`path`"), ({"path": "", "size": -1}, "`size` must be an unsigned"),
+    ({"path": "", "size": 2**64}, "`size`"), ({"path": "", "size": True}, "`size`"), ({"path": "", "size": 1.0}, "`size`"),
+    ({"path": "", "on": 1}, "`on` must be true or false"), ({"path": "", "delta": 2**63}, "`delta`"),
+    ({"path": "", "colour": 1}, "unknown field `colour`, expected one of `path`, `size`, `on`, `delta`, `words`, `file`"),
+    ({"path": "", "words": "a"}, "`words` must be an array"), ({"path": "", "words": ["a", 1]}, "`words[1]` must be a string"),
+    ({"path": "", "words": ["c"]}, "unknown variant `c` of `words[0]`, expected one of `a`, `b`"),
+    ({"path": "", "file": []}, "`file` must be an object"), ({"path": "", "file": {}}, "missing field `file.name`"),
+    ({"path": "", "file": {"name": "", "x": 1}}, "unknown field `file.x`"),
+    ({"path": "", "file": {"name": "", "size": "1"}}, "`file.size` must be"),
 ])
 def test_wrong_arguments_are_named(arguments, word):
     with pytest.raises(QmpError) as caught:
@@ -193,9 +201,9 @@ def test_right_arguments_pass_and_lax_commands_take_more():
 
 def test_unknown_commands_have_a_class_of_their_own():
     with pytest.raises(QmpError) as caught:
-        COMMANDS.dispatch(None, Request("device_add", {}, ABSENT))
+        COMMANDS.dispatch(None, Request("no-such", {}, ABSENT), Descriptors())
     assert (caught.value.error_class, str(caught.value)) == (
-        "CommandNotFound", "The command device_add has not been found")
+        "CommandNotFound", "The command no-such has not been found")
 
 
 def test_a_command_declared_twice_is_a_mistake():
@@ -203,10 +211,49 @@ def test_a_command_declared_twice_is_a_mistake():
         CommandTable((command(), command()))
 
 
-def test_every_command_listed_is_declared_with_a_summary():
-    listed = [entry["name"] for entry in COMMANDS.dispatch(None, Request("query-commands", None, ABSENT))]
+# As clients of the reference know it (its `query-commands`); what is ours comes after.
+REFERENCE = """
+qmp_capabilities quit stop cont system_powerdown system_reset device_add device_del chardev-add chardev-remove netdev_add netdev_del
+netdev_replace netlink_set cameradev_add cameradev_del query-hotpluggable-cpus query-cpus query-status getfd blockdev-add
+blockdev-del balloon set-viomem get-viomem query-mem query-mem-gpa query-balloon query-vnc query-display-image switch-audio-record
+migrate query-migrate migrate_cancel query-version query-commands query-target query-kvm query-machines query-events qom-list-types
+device-list-properties block-commit query-tpm-models query-tpm-types query-command-line-options query-migrate-capabilities
+query-qmp-schema query-sev-capabilities query-chardev qom-list qom-get query-block query-named-block-nodes query-blockstats
+query-block-jobs query-gic-capabilities query-iothreads update_region input_event human-monitor-command
+blockdev-snapshot-internal-sync blockdev-snapshot-delete-internal-sync query-vcpu-reg trace-get-state trace-set-state
+query-ohui-status query-workloads detect-silent-audio
+""".split()
+
+
+def test_commands_are_listed_in_the_order_of_the_reference_and_say_what_they_do():
+    listed = [entry["name"] for entry in COMMANDS.dispatch(None, Request("query-commands", None, ABSENT), Descriptors())]
     assert listed == [entry.name for entry in COMMANDS] and len(set(listed)) == len(listed)
+    assert listed[:len(REFERENCE)] == REFERENCE
+    assert set(listed[len(REFERENCE):]) == {"closefd", "query-cpus-fast", "query-name", "query-uuid", "query-memory-size-summary",
+                                           "set_link"}
     assert all(entry.summary for entry in COMMANDS) and all(event.summary for event in EVENTS)
-    assert {"qmp_capabilities", "quit", "stop", "cont", "system_reset", "system_powerdown", "query-status", "query-version",
-            "query-commands", "query-events", "query-target", "query-cpus-fast", "query-cpus", "query-kvm", "query-machines",
-            "query-chardev", "query-name", "query-uuid"} == set(listed)
+
+
+def test_the_schema_describes_every_command_and_each_type_that_it_uses():
+    entries = COMMANDS.dispatch(None, Request("query-qmp-schema", None, ABSENT), Descriptors())
+    by_name = {entry["name"]: entry for entry in entries}
+    assert len(by_name) == len(entries)
+    kinds = {name: entry["meta-type"] for name, entry in by_name.items()}
+    assert {name for name, kind in kinds.items() if kind == "command"} == {command.name for command in COMMANDS}
+    assert {name for name, kind in kinds.items() if kind == "event"} == {event.name for event in EVENTS}
+    for entry in entries:
+        used = [entry[key] for key in ("arg-type", "ret-type", "element-type") if key in entry]
+        used += [member["type"] for member in entry.get("members", ())]
+        assert set(used) <= set(by_name), entry
+        if entry["meta-type"] == "command":
+            assert kinds[entry["arg-type"]] == "object"
+    blockdev = by_name[by_name["blockdev-add"]["arg-type"]]
+    file = next(member for member in blockdev["members"] if member["name"] == "file")
+    names = {member["name"]: "default" in member for member in by_name[file["type"]]["members"]}
+    assert names["filename"] is False and names["aio"] is True
+
+
+def test_a_value_is_of_the_type_that_describes_it():
+    Object(Member("a", ANY), open=True).check({"a": None, "b": 1}, "")
+    with pytest.raises(QmpError, match="`x` must be an object"):
+        record({}).check(None, "x")

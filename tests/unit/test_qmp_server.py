@@ -21,6 +21,7 @@ from stratovirt.control.listener import QmpListener
 from stratovirt.control.server import LeakyBucket
 from stratovirt.errors import ConfigError, HostError, StateError
 from stratovirt.loop import EventLoop
+from stratovirt.machine.hotplug import HotPlug
 
 SOURCES = os.path.dirname(os.path.dirname(stratovirt.__file__))
 GREETING = {"QMP": {"version": {"qemu": {"micro": 1, "minor": 0, "major": 5}, "package": "StratoVirt-2.5.0"},
@@ -54,6 +55,8 @@ class Machine:
         self.loop, self.config, self.events, self.state = loop, VmConfig(), Events(), "running"
         self.config.smp = SmpConfig(cpus=4, max_cpus=4, cores=2, threads=2)
         self.chardevs = {"serial0": Console()}
+        self.iothreads = {}
+        self.hotplug = HotPlug(self.config, [], self.events, {})
 
     def vcpu_thread_ids(self):
         return [101, 102, 103, 104]
@@ -191,8 +194,8 @@ def test_a_session_as_kata_and_libvirt_hold_it(peer):
         {"filename": "pty:/dev/pts/7", "frontend-open": True, "label": "serial0"}]
     assert {"name": "SHUTDOWN"} in peer.ask("query-events")["return"]
     assert peer.ask("query-name")["return"] == {}
-    assert peer.ask("device-list-properties", typename="x")["error"] == {
-        "class": "CommandNotFound", "desc": "The command device-list-properties has not been found"}
+    assert peer.ask("no-such-command")["error"] == {
+        "class": "CommandNotFound", "desc": "The command no-such-command has not been found"}
 
 
 def test_cpus_are_reported_with_their_threads_and_topology(peer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stratovirt.control.table import Command, Event
+from stratovirt.control.types import BOOL, STR, Enum, record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,13 +49,13 @@ COMMANDS = (
     Command("system_powerdown", _system_powerdown, "Press the power button; a microVM has none and ends."),
     Command("system_reset", _system_reset, "Start the guest's kernel again, in place."),
     Command("query-status", _query_status, "Whether the guest runs.",
-            returns='{"running": bool, "singlestep": false, "status": "running" | "paused" | "debug"}'),
+            returns=record({"running": BOOL, "singlestep": BOOL, "status": Enum("running", "paused", "debug")})),
 )
 
 EVENTS = (
-    Event("SHUTDOWN", '{"guest": bool, "reason": str}', "The machine ends; `guest` says whose wish it was."),
-    Event("RESET", '{"guest": bool}', "The machine starts again."),
-    Event("STOP", "{}", "The vCPUs have been stopped."),
-    Event("RESUME", "{}", "The vCPUs run again."),
-    Event("POWERDOWN", "{}", "The power button has been pressed."),
+    Event("SHUTDOWN", "The machine ends; `guest` says whose wish it was.", record({"guest": BOOL, "reason": STR})),
+    Event("RESET", "The machine starts again; `guest` says whose wish it was.", record({"guest": BOOL})),
+    Event("STOP", "The vCPUs have been stopped."),
+    Event("RESUME", "The vCPUs run again."),
+    Event("POWERDOWN", "The power button has been pressed."),
 )

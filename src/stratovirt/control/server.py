@@ -10,12 +10,15 @@ Thread: the loop's, but for `_on_event`, which the machine may call on any.
 
 from __future__ import annotations
 
+import _socket
 import _thread
 import select
+import sys
 import time
 
 from stratovirt import log
 from stratovirt.control.commands import COMMANDS
+from stratovirt.control.descriptors import MAX_IN_A_MESSAGE, Descriptors
 from stratovirt.control.protocol import (
     GENERIC_ERROR,
     OPERATION_THROTTLED,
@@ -33,7 +36,6 @@ from stratovirt.loop import ERROR, HANGUP, READ, WRITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
     from collections.abc import Callable
     from typing import Any
 
@@ -47,8 +49,19 @@ OUTPUT_LIMIT = 1 << 20
 OUTPUT_HIGH_WATER = 64 << 10  # no further request of a client is carried out while it has so much to read
 READ_SIZE = 64 << 10
 ACCEPT_RETRY_SECONDS = 1.0
+_FD_SIZE = 4  # an int of C
+_SCM_RIGHTS, _MSG_CMSG_CLOEXEC = 1, 0x4000_0000
 
 THROTTLED = f"More than {REQUESTS_PER_SECOND} requests received during 1 second"
+
+
+def _descriptors_in(control: list[tuple[int, int, bytes]]) -> list[int]:
+    fds: list[int] = []
+    for level, kind, data in control:
+        if (level, kind) == (_socket.SOL_SOCKET, _SCM_RIGHTS):
+            usable = len(data) // _FD_SIZE * _FD_SIZE
+            fds += [int.from_bytes(data[at : at + _FD_SIZE], sys.byteorder) for at in range(0, usable, _FD_SIZE)]
+    return fds
 
 
 class LeakyBucket:
@@ -73,12 +86,13 @@ class LeakyBucket:
 class Client:
     """One connection."""
 
-    __slots__ = ("decoder", "ended", "fd", "interest", "output", "requests", "socket")
+    __slots__ = ("decoder", "descriptors", "ended", "fd", "interest", "output", "requests", "socket")
 
     def __init__(self, socket: _socket.socket) -> None:
         self.socket = socket
         self.fd = socket.fileno()
         self.decoder = Decoder()
+        self.descriptors = Descriptors()
         self.requests: list[Request | Malformed] = []
         self.output = bytearray()
         self.ended = False  # it will send no more, but may still read
@@ -136,6 +150,7 @@ class QmpServer:
         if client.interest:
             self._loop.remove(client.fd)
         client.socket.close()
+        client.descriptors.close()
         client.requests.clear()
         client.output.clear()
         self._accept_more()
@@ -171,13 +186,18 @@ class QmpServer:
     # -- bytes
 
     def _read(self, client: Client) -> None:
+        """Take what the client has sent. Descriptors come with the last bytes of what one call gives."""
         try:
-            data = client.socket.recv(READ_SIZE)
+            data, control, _, _ = client.socket.recvmsg(
+                READ_SIZE, _socket.CMSG_SPACE(MAX_IN_A_MESSAGE * _FD_SIZE), _MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self._disconnect(client)
             return
+        fds = _descriptors_in(control)
+        if fds:
+            client.descriptors.arrive(fds)
         if data:
             client.requests += client.decoder.feed(data)
         else:
@@ -211,19 +231,22 @@ class QmpServer:
     # -- requests
 
     def _carry_out(self, client: Client) -> None:
+        asked = bool(client.requests)
         while client.requests and len(client.output) < OUTPUT_HIGH_WATER:
-            reply = self._answer(client.requests.pop(0))
+            reply = self._answer(client, client.requests.pop(0))
             self._queue(client, reply)
             self._deliver_events()
+        if asked and not client.requests:
+            client.descriptors.forget_arrived()
 
-    def _answer(self, request: Request | Malformed) -> bytes:
+    def _answer(self, client: Client, request: Request | Malformed) -> bytes:
         if not self._bucket.take():
             return encode_error(OPERATION_THROTTLED, THROTTLED, request.id)
         if isinstance(request, Malformed):
             return encode_error(GENERIC_ERROR, request.description, request.id)
         log.debug(f"QMP: {request.execute}")
         try:
-            return encode_return(COMMANDS.dispatch(self._machine, request), request.id)
+            return encode_return(COMMANDS.dispatch(self._machine, request, client.descriptors), request.id)
         except QmpError as error:
             return encode_error(error.error_class, error.description, request.id)
         except (StratoVirtError, OSError) as error:

@@ -1,12 +1,14 @@
 """The form in which QMP commands and events are declared, and the one place where arguments are checked.
 
-A command family is a module with a tuple of Command; `commands.py` joins them. Dispatch, validation, `query-commands` and
-the reference page follow from the declaration, so a command that is listed works and one that works is listed.
+A command family is a module with a tuple of Command; `commands.py` joins them. Dispatch, validation, `query-commands`,
+`query-qmp-schema` and docs/reference/qmp.md follow from the declaration, so a command that is listed works and one that works
+is listed.
 """
 
 from __future__ import annotations
 
 from stratovirt.control.protocol import COMMAND_NOT_FOUND, QmpError, Request
+from stratovirt.control.types import NOTHING, Member, Object, Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from stratovirt.config.vm import VmConfig
+    from stratovirt.control.descriptors import Descriptors
     from stratovirt.loop import EventLoop
+    from stratovirt.machine.hotplug import HotPlug
 
     EventCallback = Callable[[str, dict[str, Any], int, int], None]
 
@@ -46,6 +50,10 @@ if TYPE_CHECKING:
         def chardevs(self) -> Mapping[str, CharDeviceView]:
             """Character devices in use, by label."""
 
+        @property
+        def hotplug(self) -> HotPlug:
+            """Disks and network interfaces, and the slots that they come into and go out of."""
+
         def vcpu_thread_ids(self) -> list[int]: ...
 
         def pause(self) -> None: ...
@@ -59,77 +67,56 @@ if TYPE_CHECKING:
         def shutdown(self, guest: bool, reason: str) -> None: ...
 
     Handler = Callable[[MachineView, dict[str, Any]], object]
-
-
-_SIGNED_64 = (-(1 << 63), (1 << 63) - 1)
-_UNSIGNED_64 = (0, (1 << 64) - 1)
-
-# type of an argument -> (class of the JSON value, bounds, how it is called in an error)
-ARGUMENT_TYPES: dict[str, tuple[type, tuple[int, int] | None, str]] = {
-    "str": (str, None, "a string"),
-    "bool": (bool, None, "true or false"),
-    "int": (int, _SIGNED_64, "a 64-bit integer"),
-    "uint": (int, _UNSIGNED_64, "an unsigned 64-bit integer"),
-    "object": (dict, None, "an object"),
-    "list": (list, None, "an array"),
-}
-
-
-class Argument:
-    """One argument of a command. `type` is a key of ARGUMENT_TYPES."""
-
-    __slots__ = ("name", "optional", "summary", "type")
-
-    def __init__(self, name: str, type: str, summary: str, optional: bool = False) -> None:
-        self.name = name
-        self.type = type
-        self.summary = summary
-        self.optional = optional
-
-    def check(self, value: object) -> None:
-        """Raises QmpError naming the argument when `value` is not of its type."""
-        kind, bounds, called = ARGUMENT_TYPES[self.type]
-        if type(value) is not kind:  # exactly: JSON's true is no integer
-            raise QmpError(f"invalid type: {self.name!r} must be {called}")
-        if bounds is not None and isinstance(value, int) and not bounds[0] <= value <= bounds[1]:
-            raise QmpError(f"invalid value: {self.name!r} must be {called}")
+    DescriptorHandler = Callable[[MachineView, dict[str, Any], Descriptors], object]
 
 
 class Command:
     """One QMP command. `handler(machine, arguments)` gives the value to return or raises a StratoVirtError.
 
-    `strict` says whether arguments that are not declared are an error; `returns` is for the reference page.
+    `arguments` are its members; with `strict` any other is an error. Unless `may_omit` says otherwise, the request may leave
+    out `arguments` altogether when none of them is required.
     """
 
-    __slots__ = ("arguments", "handler", "name", "returns", "strict", "summary")
+    __slots__ = ("arguments", "handler", "may_omit", "name", "returns", "strict", "summary")
 
-    def __init__(self, name: str, handler: Handler, summary: str, returns: str = "{}",
-                 arguments: tuple[Argument, ...] = (), strict: bool = True) -> None:
+    def __init__(self, name: str, handler: Handler, summary: str, returns: Type = NOTHING,
+                 arguments: tuple[Member, ...] = (), strict: bool = True, may_omit: bool | None = None) -> None:
         self.name = name
         self.handler = handler
         self.summary = summary
         self.returns = returns
-        self.arguments = arguments
+        self.arguments = Object(*arguments, open=not strict)
         self.strict = strict
+        self.may_omit = all(member.optional for member in arguments) if may_omit is None else may_omit
 
     def check(self, arguments: dict[str, Any] | None) -> dict[str, Any]:
         """The arguments, when they are as declared. Raises: QmpError naming the first that is not."""
         if arguments is None:
-            if any(not argument.optional for argument in self.arguments):
-                raise QmpError("missing field 'arguments'")
+            if not self.may_omit:
+                raise QmpError("missing field `arguments`")
             return {}
-        for argument in self.arguments:
-            if argument.name in arguments:
-                argument.check(arguments[argument.name])
-            elif not argument.optional:
-                raise QmpError(f"missing field {argument.name!r}")
-        if self.strict:
-            known = [argument.name for argument in self.arguments]
-            for name in arguments:
-                if name not in known:
-                    expected = f"expected one of {', '.join(known)}" if known else "there are no fields"
-                    raise QmpError(f"unknown field {name!r}, {expected}")
+        self.arguments.check(arguments, "")
         return arguments
+
+    def run(self, machine: MachineView, arguments: dict[str, Any], descriptors: Descriptors) -> object:
+        return self.handler(machine, arguments)
+
+
+class DescriptorCommand(Command):
+    """A command that deals with file descriptors: its handler is given those that its client has passed as well."""
+
+    __slots__ = ("descriptor_handler",)
+
+    def __init__(self, name: str, handler: DescriptorHandler, summary: str, arguments: tuple[Member, ...]) -> None:
+        super().__init__(name, _never, summary, arguments=arguments)
+        self.descriptor_handler = handler
+
+    def run(self, machine: MachineView, arguments: dict[str, Any], descriptors: Descriptors) -> object:
+        return self.descriptor_handler(machine, arguments, descriptors)
+
+
+def _never(_machine: MachineView, _arguments: dict[str, Any]) -> object:
+    raise NotImplementedError("a command of descriptors")
 
 
 class Event:
@@ -137,7 +124,7 @@ class Event:
 
     __slots__ = ("data", "name", "summary")
 
-    def __init__(self, name: str, data: str, summary: str) -> None:
+    def __init__(self, name: str, summary: str, data: Object = NOTHING) -> None:
         self.name = name
         self.data = data
         self.summary = summary
@@ -154,9 +141,9 @@ class CommandTable:
     def __iter__(self) -> Iterator[Command]:
         return iter(self._commands.values())
 
-    def dispatch(self, machine: MachineView, request: Request) -> object:
+    def dispatch(self, machine: MachineView, request: Request, descriptors: Descriptors) -> object:
         """Carry out `request`. Raises: QmpError, or whatever StratoVirtError the machine raises."""
         command = self._commands.get(request.execute)
         if command is None:
             raise QmpError(f"The command {request.execute} has not been found", COMMAND_NOT_FOUND)
-        return command.handler(machine, command.check(request.arguments))
+        return command.run(machine, command.check(request.arguments), descriptors)

@@ -127,6 +127,20 @@ def create(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     return _driver(device)[1](around, device)
 
 
+def create_empty(around: Surroundings, kind: str, number: int) -> VirtioDevice:
+    """The device of replaceable slot `number` while nothing is plugged in there; `kind` is BLOCK or NET."""
+    report = _reporter(f"slot {number}")
+    if kind == BLOCK:
+        from stratovirt.backends.block import NoImage
+        from stratovirt.virtio.block import VirtioBlock
+
+        return VirtioBlock(NoImage(), on_error=report, loop=around.loop)
+    from stratovirt.backends.tap import NoTap
+    from stratovirt.virtio.net import VirtioNet
+
+    return VirtioNet(NoTap(), around.next_mac(), around.loop, on_error=report)
+
+
 def slot_kind(device: DeviceConfig) -> str:
     return _driver(device)[0]
 

@@ -24,7 +24,7 @@ from stratovirt.machine.boot import Boot
 from stratovirt.machine.cpus import create_vcpus, reset_processors, topology_of
 from stratovirt.machine.halt_watch import HaltWatch
 from stratovirt.machine.lifecycle import PAUSED, RUNNING, Lifecycle
-from stratovirt.machine.slots import assign_slots, plug
+from stratovirt.machine.slots import assign_slots, empty_slots, plug
 from stratovirt.machine.vcpus import VcpuThreads
 from stratovirt.memory import GuestMemory, RamRegion
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
     from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
+    from stratovirt.machine.hotplug import HotPlug
     from stratovirt.machine.slots import OccupiedSlot
 
 _CMOS_PORT, _KEYBOARD_DATA_PORT = 0x70, 0x60
@@ -62,6 +63,7 @@ class MicroVm(Lifecycle):
         self.iothreads: dict[str, IoThread] = {}
         self.slots: list[OccupiedSlot] = []
         self.threads: VcpuThreads | None = None
+        self._hotplug: HotPlug | None = None
         self._asked: Callable[[], None] | None = None  # what the guest wants done, until it is done
 
     def build(self) -> None:
@@ -76,7 +78,10 @@ class MicroVm(Lifecycle):
         devices = [device for device in config.devices if drivers.takes_slot(device)]
         chosen = assign_slots(devices)
         topology = topology_of(config.smp)
-        self.boot = Boot(config, topology.apic_ids, chosen)
+        # With nobody to talk to the machine, nothing can ever be plugged in.
+        empty = empty_slots(chosen) if config.qmp else []
+        announced = sorted([*chosen, *(slot for _, slot in empty)], key=lambda slot: slot.number)
+        self.boot = Boot(config, topology.apic_ids, announced)
         self.boot.load(self.memory)
         for chardev in config.chardevs.values():
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
@@ -86,9 +91,21 @@ class MicroVm(Lifecycle):
             virtio = drivers.create(around, device)
             self.slots.append(plug(virtio, device.id, slot, self.vm, self.memory, self.mmio,
                                    around.loop_of(device)))
+        for kind, slot in empty:
+            virtio = drivers.create_empty(around, kind, slot.number)
+            self.slots.append(plug(virtio, "", slot, self.vm, self.memory, self.mmio, self.loop))
         self._plug_legacy()
         self.vcpus = create_vcpus(self.system, self.vm, topology, config.smp.max_cpus)
         self.boot.enter(self.vcpus[0])
+
+    @property
+    def hotplug(self) -> HotPlug:
+        """What is in the replaceable slots. Thread: the main loop's, once the machine is built."""
+        if self._hotplug is None:
+            from stratovirt.machine.hotplug import HotPlug
+
+            self._hotplug = HotPlug(self.config, self.slots, self.events, self.iothreads)
+        return self._hotplug
 
     def _create_iothreads(self) -> None:
         if not self.config.iothreads:
@@ -130,7 +147,7 @@ class MicroVm(Lifecycle):
         if chardev is None:
             chardev = self._create_chardev(config, "-serial")
             self.serial_chardev = chardev
-            self.chardevs.setdefault("serial0", chardev)
+            self.chardevs[config.id] = chardev
         self._serial = Serial(self.vm.create_irqfd(layout.SERIAL_IRQ), chardev, self._on_boot_time)
         self.ports.claim(layout.SERIAL_PORT, layout.SERIAL_PORTS, self._serial)
 

@@ -1,7 +1,8 @@
 """The virtio-mmio slots of a microVM: which device sits where, and how it is wired to KVM.
 
 Slots 0-3 are for disks, 4 and 5 for network interfaces, 6-10 for everything else and for what finds its own kind full;
-devices take them in the order of the command line.
+devices take them in the order of the command line. Slots 0 to 5 that are left over have an empty device
+each when the machine has a QMP listener, for what is plugged in later (`machine/hotplug.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SLOTS_OF_KIND = {BLOCK: range(4), NET: range(4, 6)}
 
 
 class OccupiedSlot:
-    """A device in its slot."""
+    """A device in its slot; `id` is "" while an empty device waits for something to be plugged in."""
 
     __slots__ = ("device", "id", "slot", "transport")
 
@@ -55,13 +56,20 @@ def assign_slots(devices: list[DeviceConfig]) -> list[Slot]:
     return chosen
 
 
+def empty_slots(chosen: list[Slot]) -> list[tuple[str, Slot]]:
+    """The replaceable slots beside `chosen`, each with the kind of device that belongs there."""
+    taken = {slot.number for slot in chosen}
+    return [(kind, layout.slot(number)) for kind, numbers in _SLOTS_OF_KIND.items()
+            for number in numbers if number not in taken]
+
+
 def plug(device: VirtioDevice, id: str, slot: Slot, vm: KvmVm, memory: GuestMemory, mmio: AddressMap,
          loop: EventLoop) -> OccupiedSlot:
     """Wire a device into its slot: registers in both windows, one interrupt, an ioeventfd for each queue and window."""
     from stratovirt.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
 
     def report(error: GuestError) -> None:
-        log.guest_warn(id, str(error))
+        log.guest_warn(id or f"slot {slot.number}", str(error))
 
     transport = VirtioMmio(device, memory, vm.create_irqfd(slot.irq), report)
     for window, base in zip(transport.windows, (slot.base, slot.acpi_base), strict=True):
