@@ -227,7 +227,7 @@ class VirtioBlock(VirtioDevice):
         return self._range_request(image, kind, data_out, length)
 
     def _range_request(self, image: RawImage, kind: int, data_out: list[memoryview], length: int) -> _DiskRequest:
-        if length != _RANGE.size or self.image.readonly:  # max_discard_seg and max_write_zeroes_seg are 1
+        if length != _RANGE.size:  # max_discard_seg and max_write_zeroes_seg are 1
             raise _Refused(S_IOERR)
         sector, sectors, flags = _RANGE.unpack(b"".join(data_out))
         if flags & ~_FLAG_UNMAP or (flags and kind == T_DISCARD):
@@ -235,9 +235,6 @@ class VirtioBlock(VirtioDevice):
         if sectors > MAX_RANGE_SECTORS:
             raise _Refused(S_IOERR)
         size = sectors * SECTOR_SIZE
-        if kind == T_DISCARD and not self.image.discards:
-            self._position(sector, size)
-            raise _Refused(S_OK)  # a hint, and the drive took hints for the image that was in it before
         request = _DiskRequest(DISCARD if kind == T_DISCARD else WRITE_ZEROES, [], self._position(sector, size), size)
         request.unmap = flags == _FLAG_UNMAP and image.discards
         request.durable = kind == T_WRITE_ZEROES and not self.driver_features >> F_FLUSH & 1
