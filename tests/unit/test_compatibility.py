@@ -11,6 +11,7 @@ import pytest
 from stratovirt.cli import command, help, reference, run
 from stratovirt.cli.options import OPTIONS
 from stratovirt.config import later, options
+from stratovirt.control import reference as control_reference
 from stratovirt.control.commands import COMMANDS
 from stratovirt.errors import ConfigError
 
@@ -22,6 +23,10 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 def test_the_options_page_is_what_the_declarations_say() -> None:
     assert (DOCS / "reference" / "options.md").read_text(encoding="utf-8") == reference.options_page(), REGENERATE
+
+
+def test_the_qmp_page_is_what_the_table_says() -> None:
+    assert (DOCS / "reference" / "qmp.md").read_text(encoding="utf-8") == control_reference.page(), REGENERATE
 
 
 def test_the_compatibility_page_is_what_the_declarations_say() -> None:

@@ -1,7 +1,7 @@
 """The parts of the documentation that follow from the declarations: `python -m stratovirt.cli.reference DOCS-FOLDER`.
 
-Writes reference/options.md whole, and in compatibility.md what stands between `<!-- begin: NAME -->` and `<!-- end -->`. A unit
-test fails when either differs from what this makes.
+Writes reference/options.md and reference/qmp.md whole, and in compatibility.md what stands between `<!-- begin: NAME -->` and
+`<!-- end -->`. A unit test fails when one of them differs from what this makes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from stratovirt.cli import help
 from stratovirt.cli.options import FLAG, OPTIONS
 from stratovirt.config import options
 from stratovirt.config.schema import NOT_YET, WORKS, Group, Key
+from stratovirt.control import absent
+from stratovirt.control import reference as control_reference
 from stratovirt.control.commands import COMMANDS, EVENTS
 
 # The commands of the interface, in its order.
@@ -31,6 +33,7 @@ QMP_COMMANDS = (
     "human-monitor-command", "blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync", "query-vcpu-reg",
     "trace-get-state", "trace-set-state", "query-ohui-status", "query-workloads", "detect-silent-audio",
 )
+_ABSENT = "not on this machine"  # and answered accordingly
 QMP_EVENTS = (
     "SHUTDOWN", "RESET", "STOP", "RESUME", "POWERDOWN", "CPU_RESIZE", "DEVICE_DELETED", "BALLOON_CHANGED",
     "USB_HOST_ADD_RES", "AUDIO_CHANGED", "VM_NOTIFY_EVENT",
@@ -109,7 +112,9 @@ def _kind_rows() -> str:
 
 def _qmp_rows() -> str:
     have = {command.name: command.summary for command in COMMANDS}
-    rows = [(f"`{name}`", WORKS if name in have else NOT_YET, have.get(name, "")) for name in QMP_COMMANDS]
+    not_there = {command.name for command in absent.COMMANDS}
+    rows = [(f"`{name}`", NOT_YET if name not in have else _ABSENT if name in not_there else WORKS, have.get(name, ""))
+            for name in QMP_COMMANDS]
     rows += [(f"`{name}`", "an addition", summary) for name, summary in have.items() if name not in QMP_COMMANDS]
     return table(("command", "status", ""), rows)
 
@@ -134,6 +139,7 @@ def main(arguments: list[str]) -> int:
     docs = Path(arguments[0] if arguments else "docs")
     (docs / "reference").mkdir(exist_ok=True)
     (docs / "reference" / "options.md").write_text(options_page(), encoding="utf-8")
+    (docs / "reference" / "qmp.md").write_text(control_reference.page(), encoding="utf-8")
     page = docs / "compatibility.md"
     page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
