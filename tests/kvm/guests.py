@@ -1,7 +1,7 @@
 """Tiny guests: an assembler for the few instructions they need, and kernels made of them.
 
 Code runs in 32-bit protected mode, flat, paging off, as the PVH protocol enters it. Without hardware virtualization KVM
-emulates every instruction, and it knows the simple ones only: moves, arithmetic, jumps, port I/O, `hlt`, `lidt`, `iret`.
+emulates every instruction, and it knows the simple ones only: moves, arithmetic, jumps, port I/O, `hlt`, `lidt`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from unit.images import Load, elf, xen_note
 CODE = 0x10_0000
 STACK = 0x9_0000
 DATA = 0x20_0000  # what guests and tests share
-IDT = 0x8_0000
+IDT, GDT = 0x8_0000, 0x8_1000
 SERIAL, RESET_PORT, POWER_PORT = 0x3F8, 0x64, 0xCE9
 
 EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI = range(8)
@@ -148,13 +148,22 @@ class Asm:
         return self.store(IDT + 8 * vector + 4, 0x8E00, 2).raw(b"\xc1\xe8\x10").store_eax(IDT + 8 * vector + 6, 2)
 
     def load_idt(self) -> Asm:
-        """Take the table at IDT into use."""
-        self.store(IDT - 8, 256 * 8 - 1, 2).store(IDT - 6, IDT)
-        return self.raw(b"\x0f\x01\x1d", struct.pack("<I", IDT - 8))
+        """Take the table at IDT into use, and a GDT with a 32-bit code segment: the one a guest starts with is for 64 bits."""
+        for offset, word in ((16, 0x0000FFFF), (20, 0x00CF9B00), (24, 0x0000FFFF), (28, 0x00CF9300)):
+            self.store(GDT + offset, word)
+        for table, size, register in ((GDT, 32, 0x15), (IDT, 256 * 8, 0x1D)):  # lgdt, lidt
+            self.store(table - 8, size - 1, 2).store(table - 6, table).raw(0x0F, 0x01, register, struct.pack("<I", table - 8))
+        return self
+
+    def handler(self, name: str) -> Asm:
+        """Begin an interrupt handler: EAX and EDX are kept."""
+        self.label(name)
+        return self.raw(0x50, 0x52)  # push eax; push edx
 
     def end_of_interrupt(self) -> Asm:
-        self.out(0xA0, 0x20).out(0x20, 0x20)
-        return self.raw(0xCF)
+        """Tell both PICs, and go back. KVM does not emulate `iret` in protected mode: the flags first, then `ret 8`."""
+        self.out(0xA0, 0x20).out(0x20, 0x20).raw(0x5A, 0x58)
+        return self.raw(b"\xff\x74\x24\x08", 0x9D, b"\xc2\x08\x00")  # push [esp + 8]; popfd; ret 8
 
 
 def hello() -> bytes:
