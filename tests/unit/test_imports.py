@@ -80,6 +80,7 @@ OFF_BOOT_PATH = (
     "stratovirt.cli.run",
     "stratovirt.cli.guest_console",
     "stratovirt.cli.help",
+    "stratovirt.cli.reference",
 )
 
 MODULES = sorted(SOURCE.rglob("*.py"))
