@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benches import imports, phases, start
+from benches import boot, imports, phases, start
 from benches.report import BenchError
 
 BENCHES: dict[str, Callable[[int], None]] = {
     "start": start.run,
     "imports": imports.run,
     "phases": phases.run,
+    "boot": boot.run,
 }
 
 
