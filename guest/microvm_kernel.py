@@ -40,6 +40,7 @@ def _source() -> tuple[Path, str]:
 
 
 def _build(source: Path, target: Path) -> None:
+    subprocess.run([str(HERE.parent / "lab" / "setup.sh"), "kernel"], check=True)
     work = target / "work"
     work.mkdir()
     subprocess.run(["tar", "-xf", str(source), "--strip-components=1"], cwd=work, check=True)
