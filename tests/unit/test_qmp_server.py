@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import json
 import os
@@ -400,6 +401,125 @@ def test_hostile_bytes_leave_other_clients_and_the_server_unharmed(setup, peer, 
     for client in setup.listener._server._clients.values():
         assert len(client.decoder._document) <= 64 << 10
     hostile.socket.close()
+
+
+# -- file descriptors
+
+
+def send_fds(peer, data, *fds):
+    peer.socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+
+
+@pytest.fixture
+def pipes():
+    """Makes pipes; gives the reading end, and tells whether the only writing end is still open somewhere."""
+    readers = []
+
+    class Pipe:
+        def __init__(self):
+            self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
+            readers.append(self.reader)
+
+        def pass_on(self, peer, data):
+            send_fds(peer, data, self.writer)
+            os.close(self.writer)
+
+        @property
+        def kept(self):
+            try:
+                return os.read(self.reader, 1) != b""
+            except BlockingIOError:
+                return True
+
+    yield Pipe
+    for reader in readers:
+        os.close(reader)
+
+
+GETFD = b'{"execute":"getfd","arguments":{"fdname":"%s"}}\n'
+
+
+def test_a_named_descriptor_is_kept_until_it_is_replaced_or_closed(peer, pipes):
+    first, second, third = pipes(), pipes(), pipes()
+    first.pass_on(peer, GETFD % b"net")
+    assert peer.read() == [{"return": {}}] and first.kept
+    second.pass_on(peer, GETFD % b"net")
+    assert peer.read() == [{"return": {}}] and not first.kept and second.kept
+    third.pass_on(peer, GETFD % b"other")
+    peer.read()
+    assert peer.ask("closefd", fdname="net") == {"return": {}}
+    assert not second.kept and third.kept
+    assert peer.ask("closefd", fdname="net")["error"]["desc"] == "File descriptor named 'net' not found"
+
+
+def test_descriptors_end_with_their_client(setup, pipes):
+    setup.serve()
+    peer, other = setup.connect(), setup.connect()
+    peer.read()
+    other.read()
+    named, waiting = pipes(), pipes()
+    named.pass_on(peer, GETFD % b"net")
+    peer.read()
+    assert other.ask("closefd", fdname="net")["error"]["desc"] == "File descriptor named 'net' not found"
+    waiting.pass_on(peer, b" ")
+    peer.pump(lambda: any(client.descriptors._arrived for client in setup.listener._server._clients.values()))
+    peer.socket.close()
+    other.pump(lambda: not named.kept and not waiting.kept)
+
+
+def test_of_several_descriptors_the_last_counts_and_none_is_left(peer, pipes):
+    several = [pipes() for _ in range(3)]
+    send_fds(peer, GETFD % b"net", *(pipe.writer for pipe in several))
+    for pipe in several:
+        os.close(pipe.writer)
+    assert peer.read() == [{"return": {}}]
+    assert [pipe.kept for pipe in several] == [False, False, True]
+
+
+def test_getfd_without_a_descriptor_is_an_error(peer, pipes):
+    assert peer.ask("getfd", fdname="net")["error"] == {"class": "GenericError", "desc": "Invalid SCM message"}
+    pipe = pipes()
+    pipe.pass_on(peer, GETFD % b"7up")
+    assert "not starting with a digit" in peer.read()[0]["error"]["desc"]
+    assert not pipe.kept
+
+
+def test_a_descriptor_may_come_before_its_command_as_qemus_library_sends_it(peer, pipes):
+    pipe = pipes()
+    pipe.pass_on(peer, b" ")
+    peer.send(GETFD[:20])
+    for _ in range(5):
+        peer.loop.run_once(0.001)
+    peer.send(GETFD[20:] % b"net")
+    assert peer.read() == [{"return": {}}] and pipe.kept
+
+
+@pytest.mark.parametrize("data", [b'{"execute":"query-status"}\n', b"garbage\n", b'{"execute":"getfd"}\n', b'{"execute":"x"}'])
+def test_descriptors_with_other_commands_are_closed(setup, peer, pipes, data):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        pipe = pipes()
+        pipe.pass_on(peer, data)
+        peer.read()
+        assert not pipe.kept
+    assert len(os.listdir("/proc/self/fd")) == before + 20  # the reading ends
+
+
+def test_a_client_can_neither_hoard_nor_flood(setup, peer, pipes, monkeypatch):
+    setup.listener._server._bucket = LeakyBucket(10**9, setup.loop.clock)
+    before = len(os.listdir("/proc/self/fd"))
+    null = os.open(os.devnull, os.O_RDONLY)
+    for number in range(100):
+        send_fds(peer, GETFD % f"name{number}".encode(), null)
+        answer = peer.read()[0]
+        assert ("return" in answer) == (number < 64), answer
+    assert len(os.listdir("/proc/self/fd")) == before + 1 + 64
+    for _ in range(10):
+        send_fds(peer, b" ", *[null] * 250)
+        for _ in range(3):
+            setup.loop.run_once(0.001)
+        assert len(os.listdir("/proc/self/fd")) <= before + 1 + 64 + 16
+    os.close(null)
 
 
 # -- QEMU's own client, against a loop that runs as in the program
