@@ -9,7 +9,7 @@ callbacks; everybody else goes through `call`.
 
 from __future__ import annotations
 
-from _thread import allocate_lock, get_ident, start_new_thread
+from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 
 from stratovirt import log
 from stratovirt.errors import StateError
@@ -30,6 +30,7 @@ class IoThread:
         self.id = id
         self.loop = EventLoop()
         self._on_failure = on_failure
+        self.native_id = 0  # the kernel's, once the thread runs
         self._ident = 0
         self._running = False
         self._ended = allocate_lock()
@@ -42,6 +43,7 @@ class IoThread:
 
     def _run(self) -> None:
         self._ident = get_ident()
+        self.native_id = get_native_id()
         failed = False
         try:
             self.loop.run()

@@ -109,6 +109,11 @@ def _query_memory_size_summary(machine: MachineView, _arguments: dict[str, Any])
     return {"base-memory": machine.config.memory_size}
 
 
+def _query_iothreads(machine: MachineView, _arguments: dict[str, Any]) -> object:
+    return [{"id": id, "thread-id": thread.native_id, "poll-grow": 0, "poll-max-ns": 0, "poll-shrink": 0}
+            for id, thread in machine.iothreads.items()]
+
+
 def _qom_list(machine: MachineView, arguments: dict[str, Any]) -> object:
     """The devices by their ids, where libvirt looks for them; the rest of QEMU's tree does not exist."""
     if arguments.get("path") != "/machine/peripheral":
@@ -145,7 +150,7 @@ COMMANDS = (
     Command("query-mem", _query_mem, "Writes the guest's memory layout into the log."),
     Command("query-memory-size-summary", _query_memory_size_summary, "The size of the guest's memory.",
             returns=record({"base-memory": INT})),
-    Command("query-iothreads", _empty_list, "The I/O threads.",
+    Command("query-iothreads", _query_iothreads, "The I/O threads.",
             returns=Array(record({"id": STR, "thread-id": INT, "poll-grow": INT, "poll-max-ns": INT, "poll-shrink": INT})),
             strict=False),
     Command("qom-list", _qom_list, "The devices of the command line for the path /machine/peripheral, nothing elsewhere.",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from stratovirt.config.vm import VmConfig
     from stratovirt.control.descriptors import Descriptors
+    from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
     from stratovirt.machine.hotplug import HotPlug
 
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
         @property
         def chardevs(self) -> Mapping[str, CharDeviceView]:
             """Character devices in use, by label."""
+
+        @property
+        def iothreads(self) -> Mapping[str, IoThread]: ...
 
         @property
         def hotplug(self) -> HotPlug:

@@ -121,14 +121,19 @@ class VirtioBlock(VirtioDevice):
     def replace_image(self, image: RawImage, serial: str = "") -> RawImage:
         """Change what is in the drive; returns what was. Requests on the way are finished first, and the driver is told.
 
-        The image that is returned is no longer used, and the caller's to close. Thread: any.
+        The image that is returned is no longer used, and the caller's to close. Thread: any. Raises: HostError when requests
+        do not end; everything is as it was.
         """
         with self._work:
             interrupt, again = self._settle()
-            self._close_engine()
+            stuck = self._engine.in_flight if self._engine is not None else 0
             old = self.image
-            self._insert(image, serial)
+            if not stuck:
+                self._close_engine()
+                self._insert(image, serial)
         self._tell(interrupt, again)
+        if stuck:
+            raise HostError(f"{stuck} requests to {old.path} do not end")
         if self.transport is not None:
             self.transport.notify_config()
         return old
