@@ -309,7 +309,8 @@ def test_random_sequences_over_all_devices(machine, tmp_path: Path, image: Path)
             entries.append(entry(WRITE, 2, base + DRIVER_FEATURES_SEL, generator.choice((0, 1, 1, 2))))
             entries.append(entry(WRITE, 2, base + DRIVER_FEATURES, generator.choice((0, 1, 1, 0xFFFF_FFFF))))
         elif pick < 0.6:
-            register = generator.choice((QUEUE_SEL, QUEUE_NUM, QUEUE_READY, QUEUE_NOTIFY, QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE))
+            register = generator.choice((QUEUE_SEL, QUEUE_NUM, QUEUE_READY, QUEUE_NOTIFY, QUEUE_DESC, QUEUE_DRIVER,
+                                         QUEUE_DEVICE))
             value = generator.choice((0, 0, 1, 1, 16, RINGS, RINGS + 0x1000, generator.getrandbits(32)))
             entries.append(entry(WRITE, 2, base + register, value))
         elif pick < 0.8:
