@@ -19,6 +19,7 @@ _PROT_READ_WRITE = 0x1 | 0x2
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MADV_DONTNEED = 4
+_MADV_REMOVE = 9
 
 
 class _Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
@@ -87,6 +88,21 @@ class HostMapping:
     def dont_dump(self) -> None:
         """Leave guest memory out of core dumps (`dump-guest-core=off`)."""
         self._mapping.madvise(mmap.MADV_DONTDUMP)
+
+
+def release(view: memoryview, shared: bool = False) -> None:
+    """Give the host back the pages that lie wholly in `view`, a part of a mapping; they read as zero when used again.
+
+    Of a file mapping that is not `shared` they read as the file again. Raises: HostError.
+    """
+    if not len(view):
+        return
+    start = _ctypes.addressof(_Byte.from_buffer(view))
+    first, end = -(-start // PAGE_SIZE) * PAGE_SIZE, (start + len(view)) // PAGE_SIZE * PAGE_SIZE
+    if first < end:
+        advice = _MADV_REMOVE if shared else _MADV_DONTNEED
+        if _libc_madvise(_Word(first), _Word(end - first), _Int(advice)) == _MAP_FAILED:
+            raise HostError("madvise to release guest memory", _ctypes.get_errno())
 
 
 def ioctl_address(fd: int, request: int, address: int) -> None:

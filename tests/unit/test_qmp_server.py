@@ -57,6 +57,7 @@ class Machine:
         self.config.smp = SmpConfig(cpus=4, max_cpus=4, cores=2, threads=2)
         self.chardevs = {"serial0": Console()}
         self.iothreads = {}
+        self.balloon = None
         self.hotplug = HotPlug(self.config, [], self.events, {})
 
     def vcpu_thread_ids(self):

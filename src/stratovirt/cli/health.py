@@ -171,6 +171,10 @@ def _check_devices(config: VmConfig) -> None:
                 raise ConfigError(f'Chardev "{chardev}" not found or is in use', option=f"{title},chardev", value=chardev,
                                   accepted="the id of a -chardev that nothing else uses")
             port_users.add(chardev)
+    balloons = [device.id for device in config.devices if device.driver == "virtio-balloon-device"]
+    if len(balloons) > 1:
+        raise ConfigError(f"there is a balloon already: {balloons[0]}", option="-device virtio-balloon-device",
+                          value=f"id={balloons[1]}", accepted="one for a machine")
     if port_users or any(device.driver == "virtio-serial-device" for device in config.devices):
         from stratovirt.config.ports import number_ports
 

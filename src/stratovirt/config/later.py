@@ -63,14 +63,6 @@ OBJECTS = {
 }
 
 DEVICES = {
-    "virtio-balloon-device": Group("-device virtio-balloon-device", "takes memory back from the guest", (
-        _ID,
-        Key("deflate-on-oom", _STRICT, "give memory back before the guest runs out", False),
-        Key("free-page-reporting", _STRICT, "the guest tells which pages are free", False),
-        Key("auto-balloon", _STRICT, "inflate by the guest's own statistics", False),
-        Key("membuf-percent", Int(20, 80), "memory to leave free, with auto-balloon", 50),
-        Key("monitor-interval", Int(5, 300), "seconds between statistics", 10),
-    ), works=False),
     "vhost-user-fs-device": Group("-device vhost-user-fs-device", "a shared directory, served by virtiofsd", (
         _ID,
         _CHARDEV,

@@ -25,6 +25,7 @@ from stratovirt.config.schema import (
     PowerOfTwo,
     Size,
     SocketPath,
+    StrictBool,
     String,
 )
 
@@ -36,6 +37,7 @@ MAX_IOTHREADS = 8
 SERIAL_NUMBER_SIZE = 20
 
 _BOOL = Bool()
+_STRICT = StrictBool()
 _STRING = String()
 _ID = Key("id", _STRING, "the name by which other options and QMP refer to it", required=True)
 _CHARDEV = Key("chardev", _STRING, "the id of its -chardev", required=True)
@@ -202,6 +204,14 @@ DEVICES = {
         _ID,
         _CHARDEV,
         Key("nr", Int(1, 30), "port number, 0 is for a console; the lowest free one if left out"),
+    )),
+    "virtio-balloon-device": Group("-device virtio-balloon-device", "takes memory back from the guest; one for a machine", (
+        _ID,
+        Key("deflate-on-oom", _STRICT, "give memory back before the guest runs out", False),
+        Key("free-page-reporting", _STRICT, "the guest tells which pages are free", False),
+        Key("auto-balloon", _STRICT, "inflate by the guest's own statistics", False, works=(False,)),
+        Key("membuf-percent", Int(20, 80), "memory to leave free, with auto-balloon", works=()),
+        Key("monitor-interval", Int(5, 300), "seconds between statistics, with auto-balloon", works=()),
     )),
     "vhost-vsock-device": Group("-device vhost-vsock-device", "sockets between host and guest", (
         _ID,

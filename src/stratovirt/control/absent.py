@@ -7,7 +7,7 @@ are here because clients ask for them in passing and go by the answer.
 from __future__ import annotations
 
 from stratovirt import log
-from stratovirt.control.protocol import DEVICE_NOT_ACTIVE, GENERIC_ERROR, QmpError
+from stratovirt.control.protocol import GENERIC_ERROR, QmpError
 from stratovirt.control.table import Command
 from stratovirt.control.types import ANY, BOOL, INT, NOTHING, STR, UINT64, Array, Enum, Member, Object, Type, record
 
@@ -56,7 +56,6 @@ def _human_monitor_command(_machine: MachineView, arguments: dict[str, Any]) -> 
     return "There is no snapshot available.\r\n"
 
 
-_NO_BALLOON = "No balloon device has been activated"
 _SNAPSHOT = (Member("device", STR, "A disk."), Member("name", STR, "A snapshot."))
 _ID = Member("id", STR, "A name.")
 _LIST = Array(ANY)
@@ -80,9 +79,6 @@ COMMANDS = (
     Command("netdev_replace", _say("netdev_replace not supported for VM"), "Returns a sentence that says so.", returns=STR,
             arguments=(_ID, Member("ifname", STR, "A tap device."), Member("macnat", BOOL, optional=True),
                        Member("path", STR, optional=True))),
-    Command("balloon", _refuse(_NO_BALLOON, DEVICE_NOT_ACTIVE), "Always an error: there is no balloon.",
-            arguments=(Member("value", UINT64, "Bytes that the guest is to keep.", optional=True),)),
-    Command("query-balloon", _refuse(_NO_BALLOON, DEVICE_NOT_ACTIVE), "Always an error: there is no balloon."),
     Command("set-viomem", _refuse("There is no virtio-mem device."), "Always an error.",
             arguments=(_ID, Member("requested-size", STR, "A size."))),
     Command("get-viomem", _refuse("There is no virtio-mem device."), "Always an error.", arguments=(_ID,)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stratovirt.control import absent, declared, descriptors, disks, inquiry, interfaces, plugging, power
+from stratovirt.control import absent, balloon, declared, descriptors, disks, inquiry, interfaces, plugging, power
 from stratovirt.control.protocol import PACKAGE, QEMU_VERSION, QmpError
 from stratovirt.control.schema import describe
 from stratovirt.control.table import Command, CommandTable
@@ -40,7 +40,7 @@ def _query_qmp_schema(_machine: MachineView, _arguments: dict[str, Any]) -> obje
 
 _NAMES = Array(record({"name": STR}))
 
-EVENTS = (*power.EVENTS, *plugging.EVENTS)
+EVENTS = (*power.EVENTS, *plugging.EVENTS, *balloon.EVENTS)
 
 # The order of `query-commands` in StratoVirt. What it does not have comes after.
 _ORDER = """
@@ -65,6 +65,7 @@ COMMANDS = CommandTable(tuple(sorted((
     *disks.COMMANDS,
     *descriptors.COMMANDS,
     *inquiry.COMMANDS,
+    *balloon.COMMANDS,
     *declared.COMMANDS,
     *absent.COMMANDS,
     Command("query-version", _query_version, "The version of QEMU's interface that is spoken.",

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
         def unsubscribe(self, callback: EventCallback) -> None: ...
 
+    class BalloonView(Protocol):
+        @property
+        def guest_bytes(self) -> int:
+            """The memory that the guest has left."""
+
+        def set_target(self, guest_bytes: int) -> None:
+            """Ask the guest to make do with as much."""
+
     class MachineView(Protocol):
         """A machine as far as QMP needs it. Thread: all calls are made on the thread of `loop`."""
 
@@ -57,6 +65,9 @@ if TYPE_CHECKING:
         @property
         def hotplug(self) -> HotPlug:
             """Disks and network interfaces, and the slots that they come into and go out of."""
+
+        @property
+        def balloon(self) -> BalloonView | None: ...
 
         def vcpu_thread_ids(self) -> list[int]: ...
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
     from stratovirt.memory import GuestMemory
+    from stratovirt.virtio.balloon import VirtioBalloon
     from stratovirt.virtio.device import VirtioDevice
 
 BLOCK, NET, OTHER = "block", "net", "other"
@@ -28,15 +29,17 @@ _FIRST_MAC = b"\x52\x54\x00\x12\x34\x56"
 class Surroundings:
     """What a device may be given: the configuration around it, the machine's memory, loops and character devices."""
 
-    __slots__ = ("_macs", "chardevs", "config", "iothreads", "loop", "memory")
+    __slots__ = ("_macs", "balloon", "chardevs", "config", "iothreads", "loop", "memory", "on_balloon")
 
     def __init__(self, config: VmConfig, memory: GuestMemory, loop: EventLoop, chardevs: dict[str, CharDevice],
-                 iothreads: dict[str, IoThread]) -> None:
+                 iothreads: dict[str, IoThread], on_balloon: Callable[[int], None]) -> None:
         self.config = config
         self.memory = memory
         self.loop = loop
         self.chardevs = chardevs
         self.iothreads = iothreads
+        self.on_balloon = on_balloon  # hears how many bytes the guest has left, when the balloon has changed that
+        self.balloon: VirtioBalloon | None = None
         self._macs = 0
 
     def loop_of(self, device: DeviceConfig) -> EventLoop:
@@ -108,11 +111,21 @@ def _create_serial(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     ])
 
 
+def _create_balloon(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.virtio.balloon import VirtioBalloon
+
+    around.balloon = VirtioBalloon(
+        around.memory, around.loop, around.on_balloon, deflate_on_oom=device.options.boolean("deflate-on-oom"),
+        reporting=device.options.boolean("free-page-reporting"), on_error=_reporter(device.id))
+    return around.balloon
+
+
 DRIVERS: dict[str, tuple[str, Callable[[Surroundings, DeviceConfig], VirtioDevice]]] = {
     "virtio-blk-device": (BLOCK, _create_block),
     "virtio-net-device": (NET, _create_net),
     "virtio-rng-device": (OTHER, _create_rng),
     "virtio-serial-device": (OTHER, _create_serial),
+    "virtio-balloon-device": (OTHER, _create_balloon),
     "vhost-vsock-device": (OTHER, _create_vsock),
 }
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from stratovirt.loop import EventLoop
     from stratovirt.machine.hotplug import HotPlug
     from stratovirt.machine.slots import OccupiedSlot
+    from stratovirt.virtio.balloon import VirtioBalloon
 
 _CMOS_PORT, _KEYBOARD_DATA_PORT = 0x70, 0x60
 _BOOT_PHASES = {1: "the kernel has started", 2: "the boot is complete"}
@@ -62,6 +63,7 @@ class MicroVm(Lifecycle):
         self._serial: Serial | None = None
         self.iothreads: dict[str, IoThread] = {}
         self.slots: list[OccupiedSlot] = []
+        self.balloon: VirtioBalloon | None = None
         self.threads: VcpuThreads | None = None
         self._hotplug: HotPlug | None = None
         self._asked: Callable[[], None] | None = None  # what the guest wants done, until it is done
@@ -86,7 +88,8 @@ class MicroVm(Lifecycle):
         for chardev in config.chardevs.values():
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
         self._create_iothreads()
-        around = drivers.Surroundings(config, self.memory, self.loop, self.chardevs, self.iothreads)
+        around = drivers.Surroundings(config, self.memory, self.loop, self.chardevs, self.iothreads,
+                                      self._on_balloon)
         for device, slot in zip(devices, chosen, strict=True):
             virtio = drivers.create(around, device)
             self.slots.append(plug(virtio, device.id, slot, self.vm, self.memory, self.mmio,
@@ -94,6 +97,7 @@ class MicroVm(Lifecycle):
         for kind, slot in empty:
             virtio = drivers.create_empty(around, kind, slot.number)
             self.slots.append(plug(virtio, "", slot, self.vm, self.memory, self.mmio, self.loop))
+        self.balloon = around.balloon
         self._plug_legacy()
         self.vcpus = create_vcpus(self.system, self.vm, topology, config.smp.max_cpus)
         self.boot.enter(self.vcpus[0])
@@ -228,6 +232,9 @@ class MicroVm(Lifecycle):
         from stratovirt.hypervisor.kvm.teardown import close_behind
 
         close_behind(self.vm.fd)
+
+    def _on_balloon(self, guest_bytes: int) -> None:
+        self.events.emit("BALLOON_CHANGED", {"actual": guest_bytes})
 
     # -- what the guest asks for, on vCPU threads
 
