@@ -78,7 +78,7 @@ class Board:
             driver = Driver(device)
             self.drivers.append(driver)
             slots.append(OccupiedSlot(id, slot, device, driver.transport))
-        self.state, self.chardevs, self.iothreads = "running", {}, {}
+        self.state, self.chardevs, self.iothreads, self.balloon = "running", {}, {}, None
         self.hotplug = HotPlug(self.config, slots, self.hub, {})
         self.descriptors = Descriptors()
 
