@@ -39,7 +39,8 @@ def run_loop(vcpu: KvmVcpu, ports: AddressMap, mmio: AddressMap, gate: Gate) -> 
     """Run the guest on this thread until something ends it: (why, errno of KVM_RUN or 0)."""
     page, page16, page32, page64 = vcpu.page, vcpu.page16, vcpu.page32, vcpu.page64
     fd, ioctl = vcpu.fd, fcntl.ioctl
-    run, exit_io, exit_mmio = uapi.KVM_RUN, uapi.KVM_EXIT_IO, uapi.KVM_EXIT_MMIO
+    run, exit_io, exit_mmio, out = uapi.KVM_RUN, uapi.KVM_EXIT_IO, uapi.KVM_EXIT_MMIO, uapi.KVM_EXIT_IO_OUT
+    read_port, write_port = ports.read, ports.write
     while True:
         try:
             ioctl(fd, run, 0)
@@ -57,11 +58,17 @@ def run_loop(vcpu: KvmVcpu, ports: AddressMap, mmio: AddressMap, gate: Gate) -> 
             size = page[33]
             port = page16[17]
             start = page64[5]
-            for offset in range(start, start + size * page32[9], size):
-                if page[32] == uapi.KVM_EXIT_IO_OUT:
-                    ports.write(port, size, int.from_bytes(page[offset : offset + size], "little"))
+            if size == 1 and page32[9] == 1:  # nearly all of them
+                if page[32] == out:
+                    write_port(port, 1, page[start])
                 else:
-                    page[offset : offset + size] = ports.read(port, size).to_bytes(size, "little")
+                    page[start] = read_port(port, 1)
+                continue
+            for offset in range(start, start + size * page32[9], size):
+                if page[32] == out:
+                    write_port(port, size, int.from_bytes(page[offset : offset + size], "little"))
+                else:
+                    page[offset : offset + size] = read_port(port, size).to_bytes(size, "little")
         elif reason == exit_mmio:
             # struct { u64 phys_addr; u8 data[8]; u32 len; u8 is_write; } mmio, at 32
             size = page32[12]
