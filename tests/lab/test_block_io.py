@@ -38,7 +38,7 @@ def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     mounted: list[Path] = []
 
     def make(mebibytes: int) -> Path:
-        run("modprobe", "-a", "loop", "ext4")
+        subprocess.run(["modprobe", "-q", "-a", "loop", "ext4"], check=False)  # a kernel may have them built in
         folder = tmp_path / f"fs{len(mounted)}"
         folder.mkdir()
         backing = make_image(tmp_path / f"fs{len(mounted)}.ext4", mebibytes * MEBIBYTE)
@@ -73,7 +73,7 @@ def fio_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FIO = (
-    "mount -t ext4 -o ro /dev/vdb /mnt || exit 9\n"
+    "modprobe ext4\nmount -t ext4 -o ro /dev/vdb /mnt || exit 9\n"
     "/mnt/ld-linux-x86-64.so.2 --library-path /mnt /mnt/fio --thread --name=load --filename=/dev/vda --direct=1 "
 )
 
@@ -109,8 +109,7 @@ dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | md5sum
 """
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kernel", ["small-elf", "stock-elf"])
+@pytest.mark.parametrize(("kernel", "engine"), [("stock-elf", "native"), *(("small-elf", engine) for engine in ENGINES)])
 def test_several_queues_and_writers(
     boot: Callable[..., Guest], file_system: Callable[[int], Path], kernel: str, engine: str
 ) -> None:
@@ -131,7 +130,7 @@ def test_a_full_host_file_system_gives_io_errors_and_the_machine_lives(
     make_image(host / "room", 0).write_bytes(bytes(4 * MEBIBYTE))
     load = """
     dd if=/dev/zero bs=64k count=1024 2>/dev/null | tr '\\0' x | dd of=/dev/vda bs=64k iflag=fullblock oflag=direct 2>/tmp/e
-    echo first $?; grep -c 'No space left\\|I/O error' /tmp/e
+    echo first $?; grep -c 'nput/output error' /tmp/e
     read answer </dev/ttyS0
     dd if=/dev/zero bs=64k count=16 2>/dev/null | tr '\\0' y >/tmp/y
     dd if=/tmp/y of=/dev/vda bs=64k seek=960 oflag=direct 2>/dev/null; echo second $?
@@ -189,22 +188,22 @@ def test_stop_and_reset_in_the_middle_of_requests(
     boot: Callable[..., Guest], file_system: Callable[[int], Path], engine: str
 ) -> None:
     """While the machine is stopped the image stands still; a reset in the middle of it all leads to a working disk."""
-    image = make_image(file_system(64) / "image", 32 * MEBIBYTE)
+    image = make_image(file_system(32) / "image", 8 * MEBIBYTE)
     load = """
     head -c 5 /dev/vda; echo
     for job in 1 2 3 4; do
-        while :; do dd if=/dev/urandom of=/dev/vda bs=128k count=32 seek=$((job * 32)) oflag=direct 2>/dev/null; done &
+        while :; do dd if=/dev/urandom of=/dev/vda bs=128k count=8 seek=$((job * 8)) oflag=direct 2>/dev/null; done &
     done
     echo loaded
     wait
     """
-    image_bytes = bytearray(32 * MEBIBYTE)
+    image_bytes = bytearray(8 * MEBIBYTE)
     image_bytes[:5] = b"mark\n"
     image.write_bytes(image_bytes)
     guest = boot("small-elf", load, smp=2, qmp=True, extra=drive(image, f",aio={engine},direct=on"))
     for count in range(1, 4):
         guest.wait_for(b"loaded\n", stream=guest.stdout, count=count)
-        for _ in range(5):
+        for _ in range(3):
             guest.execute("stop")
             before = hashlib.sha256(image.read_bytes()).digest()
             for _ in range(20):
