@@ -14,7 +14,7 @@ from stratovirt.control.protocol import ABSENT, Request, encode_error, encode_re
 from stratovirt.control.table import Command
 from stratovirt.control.types import Array, Enum, Object, Scalar, Type
 from stratovirt.errors import StratoVirtError
-from unit.test_hotplug import Board
+from unit.qmp_board import Board
 
 # Those that change whether the machine runs need one.
 _LEFT_OUT = {"quit", "stop", "cont", "system_powerdown", "system_reset"}
