@@ -1,7 +1,9 @@
 """virtio-rng (VIRTIO 1.2, 5.4): random bytes for the guest. One queue; the driver supplies writable buffers.
 
 With `max-bytes` and `period` the guest gets at most that many bytes a period: a bucket that fills steadily and from which
-every request takes. An empty bucket leaves requests in the queue until a timer finds it filled again.
+every request takes. An empty bucket leaves requests in the queue until a timer finds it filled again. A source that has
+nothing at the moment keeps its request waiting likewise: a buffer goes back with at least one byte (5.4.6.1), and Linux
+would take an empty one for the end of the device.
 """
 
 from __future__ import annotations
@@ -40,17 +42,27 @@ class VirtioRng(VirtioDevice):
         self._filled_at = loop.clock()
         self._timer: Timer | None = None
         self._dry = False
+        self._waiting: Chain | None = None  # popped, but there were no bytes for it
 
     def ready(self, index: int) -> bool:
-        if self._dry or (self._rate is not None and not self._fill()):
+        if self._dry or not self._fill():
             self._come_back(index)
             return False
-        return True
+        queue = self.queues[index]
+        if self._waiting is None or queue is None:
+            return True
+        written = self._serve(self._waiting)
+        if written:
+            queue.push(self._waiting.head, written)
+            self._waiting = None
+        return self.ready(index)
 
     def _fill(self) -> bool:
-        rate = self._rate or 0.0
+        """May at least one byte be given now?"""
+        if self._rate is None:
+            return True
         now = self._loop.clock()
-        self._tokens = min(self._capacity, self._tokens + (now - self._filled_at) * rate)
+        self._tokens = min(self._capacity, self._tokens + (now - self._filled_at) * self._rate)
         self._filled_at = now
         return self._tokens >= 1.0
 
@@ -67,7 +79,15 @@ class VirtioRng(VirtioDevice):
 
         self._timer = self._loop.call_later(delay, fire)
 
-    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
+    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int | None:
+        written = self._serve(chain)
+        if self._dry:
+            self._waiting = chain
+            return None
+        return written
+
+    def _serve(self, chain: Chain) -> int:
+        """Fill in what the rate allows and the source has: 0 and `_dry` when it has nothing, or failed."""
         limit = min(chain.writable_length, MAX_REQUEST)
         if self._rate is not None:
             limit = min(limit, int(self._tokens))
@@ -80,11 +100,11 @@ class VirtioRng(VirtioDevice):
                 if self._on_error is not None:
                     self._on_error(error)
                 written = 0
-            if written == 0:
-                self._dry = True  # it has nothing now, or failed: do not spin on it
+            self._dry = written == 0  # do not spin on it
         if self._rate is not None:
             self._tokens -= written
         return written
 
     def on_reset(self) -> None:
         self._dry = False
+        self._waiting = None
