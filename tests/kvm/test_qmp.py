@@ -194,3 +194,28 @@ def test_a_tap_by_descriptor_goes_into_a_slot_and_out(start):
     assert client.ask("netdev_add", id="net0", fds="net-fd")["desc"] == "File descriptor named 'net-fd' not found"
     assert "not a tap" in client.ask("netdev_add", id="net0", fd="4")["desc"]
     tap.close()
+
+
+def test_a_slot_whose_device_is_on_an_iothread(start, tmp_path):
+    root, disk = image(tmp_path, "root"), image(tmp_path, "disk", 2 << 20)
+    program, connect = start("-object", "iothread,id=io0", "-drive", f"id=rootfs,file={root},direct=off,aio=threads",
+                             "-device", "virtio-blk-device,drive=rootfs,id=blk0,iothread=io0")
+    client = connect()
+    (thread,) = client.ask("query-iothreads")
+    assert thread["id"] == "io0" and str(thread["thread-id"]) in os.listdir(f"/proc/{program.process.pid}/task")
+    for _ in range(5):
+        (block,) = client.ask("query-block")
+        assert client.ask("device_del", id=block["qdev"]) == {}
+        assert client.wait_event("DEVICE_DELETED")["device"] == block["qdev"]
+        assert root not in open_files(program.process.pid) and disk not in open_files(program.process.pid)
+        assert client.ask("blockdev-add", **{"node-name": "n", "file": {"filename": disk, "aio": "threads"},
+                                             "cache": {"direct": False}}) == {}
+        assert client.ask("device_add", id="n", driver="virtio-blk-mmio", drive="n", addr="0") == {}
+    assert client.ask("quit") == {}
+    assert program.finish()[0] == 0
+
+
+def test_a_machine_without_qmp_has_no_empty_slots(machine, tmp_path):
+    assert machine(idle()).vm.slots == []
+    with_qmp = machine(idle(), "-qmp", f"unix:{tmp_path / 'never-bound'},server,nowait")
+    assert [occupied.slot.number for occupied in with_qmp.vm.slots] == [0, 1, 2, 3, 4, 5]
