@@ -100,6 +100,10 @@ class Asm:
     def jnz(self, name: str) -> Asm:
         return self.raw(0x0F, 0x85)._target(name)
 
+    def jb(self, name: str) -> Asm:
+        """Jump when the comparison found less, unsigned."""
+        return self.raw(0x0F, 0x82)._target(name)
+
     def cli(self) -> Asm:
         return self.raw(0xFA)
 

@@ -68,10 +68,10 @@ def test_the_timer_interrupts_and_wakes_a_halted_processor(machine) -> None:
     asm.out(0x43, 0x34).out(0x40, 0xA9).out(0x40, 0x04)  # 1 kHz
     asm.sti()
     again = asm.label()
-    asm.hlt().load_eax(DATA).cmp_eax(5).jnz(again).power_off()
+    asm.hlt().load_eax(DATA).cmp_eax(5).jb(again).power_off()
     asm.handler("tick").inc(DATA).end_of_interrupt()
     vm = machine(asm.kernel()).run()
-    assert vm.word(DATA) == 5
+    assert vm.word(DATA) >= 5
 
 
 # -- virtio-blk, end to end
