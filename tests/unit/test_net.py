@@ -586,3 +586,25 @@ def test_errors_of_the_tap_cost_frames_not_the_device(net: Interface) -> None:
     assert len(net.errors) == 1
 
 
+def test_a_tap_that_cannot_be_read_does_not_keep_the_loop_busy(net: Interface) -> None:
+    net.start()
+    (address,) = net.post([1500])
+    now = 0.0
+    net.loop.clock = lambda: now
+
+    def fail(views: list[memoryview]) -> int:
+        raise HostError("read on tap tap0", 12)
+
+    working, net.tap.read = net.tap.read, fail  # type: ignore[method-assign]
+    net.arrive(frame())
+    net.settle()
+    for _ in range(5):
+        net.driver.write(vd.QUEUE_NOTIFY, RX)
+        net.settle()
+    assert len(net.loop._timers) == 1
+    net.tap.read = working  # type: ignore[method-assign]
+    now = 1.0
+    net.loop.run_once(0)
+    net.settle()
+    assert net.rx.collect() == [(0, 72)]
+    assert net.memory.read(address + 12, 60) == frame()

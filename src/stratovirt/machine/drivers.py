@@ -69,6 +69,14 @@ def _create_block(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
                        queues=options.integer("num-queues"))
 
 
+def _net_reporter(id: str) -> Callable[[StratoVirtError], None]:
+    """A tap can go away only once: that line is not held back for others that the guest has caused."""
+    from stratovirt.backends.tap import TapGoneError
+
+    report = _reporter(id)
+    return lambda error: log.error(f"{id}: {error}") if isinstance(error, TapGoneError) else report(error)
+
+
 def _create_net(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     from stratovirt.backends.tap import open_tap
     from stratovirt.virtio.net import VirtioNet
@@ -78,7 +86,7 @@ def _create_net(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     mac = options.optional_string("mac")
     tap = open_tap(around.config.netdevs[options.string("netdev")])
     return VirtioNet(tap, bytes.fromhex(mac.replace(":", "")) if mac else own, around.loop_of(device),
-                     options.integer("queue-size"), _reporter(device.id))
+                     options.integer("queue-size"), _net_reporter(device.id))
 
 
 def _create_rng(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
@@ -151,7 +159,7 @@ def create_empty(around: Surroundings, kind: str, number: int) -> VirtioDevice:
     from stratovirt.backends.tap import NoTap
     from stratovirt.virtio.net import VirtioNet
 
-    return VirtioNet(NoTap(), around.next_mac(), around.loop, on_error=report)
+    return VirtioNet(NoTap(), around.next_mac(), around.loop, on_error=_net_reporter(f"slot {number}"))
 
 
 def slot_kind(device: DeviceConfig) -> str:

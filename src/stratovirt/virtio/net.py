@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stratovirt.errors import StratoVirtError
+    from stratovirt.loop import Timer
 
 F_GUEST_CSUM = 1
 F_MAC = 5
@@ -66,6 +67,7 @@ ACK_OK, ACK_ERR = b"\x00", b"\x01"
 # Frames in one turn. With segmentation offload a frame is up to 64 KiB, and others on the loop wait meanwhile.
 RX_BATCH = 64
 TX_BATCH = 64
+_RETRY_SECONDS = 0.1  # after an error of the tap that should not be
 _STALE_FRAMES = 1024  # a tap's queue holds 500 to 1000 by default
 _CTRL_QUEUE_SIZE = 64
 _SMALL_FRAME = HEADER_SIZE + 1514  # without segmentation offload; larger ones (jumbo frames) go over `_spill`
@@ -107,6 +109,7 @@ class VirtioNet(VirtioDevice):
         self._direct = 0  # how much of the last frame's room was the driver's; what is beyond lies in _spill
         self._held = 0  # length of a frame, with its header, that waits for the driver to make more room
         self._spill = memoryview(bytearray(_SPILL_SIZE))
+        self._retry: Timer | None = None
         self._tx_waiting: Chain | None = None
         self._watched = 0
         if not self._tap_gone:
@@ -209,7 +212,7 @@ class VirtioNet(VirtioDevice):
         self._tap_gone = True
         self._link_up = False
         self._loop.remove(self.tap.fd)
-        self._report(HostError(f"{error}: the device was deleted on the host, the link is down"))
+        self._report(TapGoneError(f"{error}: the device was deleted on the host, the link is down"))
         self._set_config()
         if self.transport is not None:
             self.transport.notify_config()
@@ -289,7 +292,7 @@ class VirtioNet(VirtioDevice):
             self._held = 0
             if length <= self._rx_room:
                 self._deliver(queue, length)
-        if self._rx_room:
+        if self._rx_room and self._retry is None:
             self._watch(self._watched | READ)
         else:
             self._watch(self._watched & ~READ)
@@ -318,7 +321,7 @@ class VirtioNet(VirtioDevice):
     def _is_hopeless(self, queue: Virtqueue) -> bool:
         """The frame at hand is larger than what the driver can ever make available."""
         if self._rx_chains and (not self._rx_mergeable or len(self._rx_chains) >= queue.size):
-            self._report(HostError(f"tap {self.tap.name}: dropped a frame that is larger than the driver's buffers"))
+            self._report(GuestError(self.name, "dropped a frame that is larger than the driver's buffers"))
             return True
         return False
 
@@ -340,7 +343,14 @@ class VirtioNet(VirtioDevice):
             self._lose_tap(error)
         except HostError as error:
             self._report(error)
+            if self._retry is None:  # the tap may stay readable: look again when it may have recovered
+                self._retry = self._loop.call_later(_RETRY_SECONDS, self._read_again)
         return 0
+
+    def _read_again(self) -> None:
+        self._retry = None
+        if self.transport is not None:
+            self.transport.requeue(RX)
 
     def _deliver(self, queue: Virtqueue, length: int) -> None:
         """Give the driver the frame that lies in its buffers, which have room for it."""
