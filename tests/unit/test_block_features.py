@@ -214,7 +214,7 @@ def test_known_defect_06_a_reset_waits_for_requests_on_the_way(held: Disk) -> No
 
 
 def test_a_disk_that_hangs_does_not_hold_a_reset_for_ever(held: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(block, "RESET_SECONDS", 0.05)
     held.put(IN, 1, room=512)
     held.write(0x050, 0)
     held.loop.run_once(1.0)
@@ -280,6 +280,23 @@ def test_an_image_is_replaced_after_the_last_request_to_it(held: Disk, tmp_path:
     assert held.command(IN, 1, room=512)[2] == b"n" * 512
     held.block.replace_image(held.image)
     fresh.close()
+
+
+def test_an_image_whose_requests_do_not_end_stays(held: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "PAUSE_SECONDS", 0.05)
+    assert isinstance(held.image, HeldImage)
+    held.put(IN, 1, room=512)
+    held.write(0x050, 0)
+    held.loop.run_once(1.0)
+    held.image.started.acquire()
+    with pytest.raises(HostError, match="1 requests to"):
+        held.block.replace_image(NoImage())
+    assert held.block.image is held.image and held.queues[0].collect() == []
+    held.image.gate.set()
+    assert held.wait(1)[0][1] == 513
+    held.queues[0].release_all()
+    assert held.block.replace_image(NoImage()) is held.image
+    assert held.command(IN, 1, room=512)[0] == IOERR
 
 
 def test_an_empty_drive(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ _HEADER = struct.Struct("<IIQ")  # struct virtio_blk_req { le32 type; le32 reser
 _RANGE = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; le32 flags; }
 _FLAG_UNMAP = 1
 SERIAL_SIZE = 20
-SETTLE_SECONDS = 10.0  # how long a reset or pause waits for the host to finish what it has begun
+# How long to wait for the host to finish what it has begun. After a reset the guest may use the buffers for something else;
+# a pause, or a change of image, holds up the loop, and an iothread gives a callback 5 seconds.
+RESET_SECONDS, PAUSE_SECONDS = 10.0, 4.0
 
 
 class _Refused(Exception):
@@ -125,7 +127,7 @@ class VirtioBlock(VirtioDevice):
         do not end; everything is as it was.
         """
         with self._work:
-            interrupt, again = self._settle()
+            interrupt, again = self._settle(PAUSE_SECONDS)
             stuck = self._engine.in_flight if self._engine is not None else 0
             old = self.image
             if not stuck:
@@ -354,7 +356,7 @@ class VirtioBlock(VirtioDevice):
 
     # -- standing still
 
-    def _settle(self) -> tuple[bool, set[int]]:
+    def _settle(self, seconds: float) -> tuple[bool, set[int]]:
         """Wait until no request is on the way; the result is that of `_collect`. Called with `_work` held."""
         engine = self._engine
         interrupt, again = False, set[int]()
@@ -362,7 +364,7 @@ class VirtioBlock(VirtioDevice):
             return interrupt, again
         poll = select.poll()
         poll.register(engine.fd, select.POLLIN)
-        until = time.monotonic() + SETTLE_SECONDS
+        until = time.monotonic() + seconds
         while engine.in_flight:
             left = until - time.monotonic()
             if left <= 0:
@@ -377,14 +379,14 @@ class VirtioBlock(VirtioDevice):
         return interrupt, again
 
     def on_reset(self) -> None:
-        self._settle()
+        self._settle(RESET_SECONDS)
         self._waiting.clear()
         self._notice_growth()
 
     def pause(self) -> None:
         with self._work:
             self._paused = True
-            interrupt, again = self._settle()
+            interrupt, again = self._settle(PAUSE_SECONDS)
         self._tell(interrupt, again)
 
     def resume(self) -> None:
