@@ -48,9 +48,11 @@ def test_kernel_images() -> None:
         assert any(segment.address <= image.entry < segment.end for segment in image.segments)
 
     tracemalloc.start()
-    fuzz(one, 6000)
-    assert tracemalloc.get_traced_memory()[1] < 64 << 20
-    tracemalloc.stop()
+    try:
+        fuzz(one, 6000)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_initrd_images() -> None:
