@@ -47,7 +47,7 @@ class SocketTap(Tap):
 class Board:
     """The slots of a machine without the machine: six empty devices, each with a driver bound to it."""
 
-    def __init__(self, folder: Path, root: bool = False) -> None:
+    def __init__(self, folder: Path, root: bool = False, spare: bool = False) -> None:
         self.folder = folder
         self.loop = EventLoop()
         self.config = VmConfig()
@@ -69,6 +69,8 @@ class Board:
             driver = Driver(device)
             self.drivers.append(driver)
             slots.append(OccupiedSlot(id, slot, device, driver.transport))
+        if spare:
+            self.config.drives["spare"] = DriveConfig("spare", self.image("spare", 6), direct=False)
         self.state, self.chardevs, self.iothreads, self.balloon = "running", {}, {}, None
         self.hotplug = HotPlug(self.config, slots, self.hub, {})
         self.descriptors = Descriptors()

@@ -220,6 +220,21 @@ def test_devices_of_the_command_line_are_there_and_can_be_taken_out(tmp_path):
         board.close()
 
 
+def test_a_drive_of_the_command_line_without_a_device_waits_for_one(tmp_path):
+    board = Board(tmp_path, root=True, spare=True)
+    try:
+        assert [node["node-name"] for node in board.ask("query-named-block-nodes")] == ["rootfs"]  # the spare is not open
+        assert board.blockdev_add("spare", board.image("disk")) == "Drive spare has been added"
+        assert board.ask("device_add", id="d", driver="virtio-blk-device", drive="spare") == {}
+        assert board.capacity(1) == 6
+        assert board.ask("device_del", id="d") == {}
+        assert board.ask("blockdev-del", node_name="spare") == {}
+        answer = board.ask("device_add", id="d", driver="virtio-blk-device", drive="spare")
+        assert answer == "Failed to find device configuration."
+    finally:
+        board.close()
+
+
 def test_the_number_of_back_ends_is_bounded(board):
     path = board.image("disk")
     for number in range(MAX_BACKENDS):

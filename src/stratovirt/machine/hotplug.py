@@ -48,33 +48,30 @@ class HotPlugError(StratoVirtError):
 
 
 class BlockNode:
-    """An image by its name. `device` is the id of the device that it is in, "" for none."""
+    """An image by its name. `device` is the id of the device that it is in, "" for none.
 
-    __slots__ = ("config", "device", "image")
+    `taken_out`: it was in one, and whoever wants may have its name. A -drive without a -device is opened when it gets one.
+    """
+
+    __slots__ = ("config", "device", "image", "taken_out")
 
     def __init__(self, config: DriveConfig, image: RawImage | None, device: str = "") -> None:
         self.config = config
-        self.image = image  # None: it was taken out
+        self.image = image  # None: not open
         self.device = device
-
-    @property
-    def taken_out(self) -> bool:
-        return self.image is None
+        self.taken_out = False
 
 
 class Netdev:
-    """A tap by its name. `device` is the id of the device that it is in, "" for none."""
+    """A tap by its name, like BlockNode."""
 
-    __slots__ = ("config", "device", "tap")
+    __slots__ = ("config", "device", "taken_out", "tap")
 
     def __init__(self, config: NetdevConfig, tap: Tap | None, device: str = "") -> None:
         self.config = config
-        self.tap = tap  # None: it was taken out
+        self.tap = tap  # None: not open
         self.device = device
-
-    @property
-    def taken_out(self) -> bool:
-        return self.tap is None
+        self.taken_out = False
 
 
 class HotPlug:
@@ -83,8 +80,8 @@ class HotPlug:
     def __init__(self, config: VmConfig, slots: list[OccupiedSlot], events: EventHub, iothreads: dict[str, IoThread]) -> None:
         self._slots = {occupied.slot.number: occupied for occupied in slots}
         self._events = events
-        self._nodes: dict[str, BlockNode] = {}
-        self._netdevs: dict[str, Netdev] = {}
+        self._nodes = {drive.id: BlockNode(drive, None) for drive in config.drives.values()}
+        self._netdevs = {netdev.id: Netdev(netdev, None) for netdev in config.netdevs.values()}
         self._threads: dict[int, IoThread] = {}  # of slots whose device is not on the main loop
         configured = {device.id: device for device in config.devices}
         for occupied in slots:
@@ -124,7 +121,7 @@ class HotPlug:
 
     def nodes(self) -> list[BlockNode]:
         """Images that are open, in a slot or not."""
-        return [node for node in self._nodes.values() if not node.taken_out]
+        return [node for node in self._nodes.values() if node.image is not None]
 
     def disks(self) -> Iterator[tuple[BlockNode, VirtioBlock]]:
         """Images in a slot, with their devices, in the order of the slots."""
@@ -170,7 +167,7 @@ class HotPlug:
         if not isinstance(device, VirtioBlock):
             raise HotPlugError("Unsupported replaceable device type.")
         image = node.image or _open_image(node.config)
-        node.image = image
+        node.image, node.taken_out = image, False
         self._on_its_loop(occupied, lambda: device.replace_image(image, serial))
         node.device = occupied.id = id
 
@@ -179,7 +176,7 @@ class HotPlug:
         self._on_its_loop(occupied, lambda: device.replace_image(empty)).close()
         for node in self._nodes.values():
             if node.device == occupied.id:
-                node.device, node.image = "", None
+                node.device, node.image, node.taken_out = "", None, True
 
     # -- network interfaces
 
@@ -219,10 +216,10 @@ class HotPlug:
         device = occupied.device
         if not isinstance(device, VirtioNet):
             raise HotPlugError("Unsupported replaceable device type.")
-        if netdev.tap is None and netdev.config.fd is not None:
+        if netdev.taken_out and netdev.config.fd is not None:
             raise HotPlugError(f"The tap of netdev {netdev.config.id} was closed when its device was taken out.")
         tap = netdev.tap or _open_tap(netdev.config)
-        netdev.tap = tap
+        netdev.tap, netdev.taken_out = tap, False
         self._on_its_loop(occupied, lambda: device.replace_tap(tap, mac))
         netdev.device = occupied.id = id
 
@@ -230,7 +227,7 @@ class HotPlug:
         self._on_its_loop(occupied, lambda: device.replace_tap(NoTap()))
         for netdev in self._netdevs.values():
             if netdev.device == occupied.id:
-                netdev.device, netdev.tap = "", None
+                netdev.device, netdev.tap, netdev.taken_out = "", None, True
 
     def set_link(self, id: str, up: bool) -> bool:
         """Plug the cable of an interface in or out; `id` is the device's or its netdev's. False: there is none."""
