@@ -10,6 +10,7 @@ import pytest
 
 from kvm.guests import DATA, EAX, EBX, ESI, RESET_PORT, Asm
 from stratovirt.arch.x86_64 import layout
+from stratovirt.errors import ConfigError
 from unit.images import Load
 from unit.virtio_devices import disk_content
 from unit.virtio_driver import (
@@ -34,7 +35,7 @@ from unit.virtio_driver import (
 
 RINGS = 0x30_0000
 BUFFERS = 0x31_0000
-DISK = ("-drive", "file={},id=d0,if=none,direct=off", "-device", "virtio-blk-device,drive=d0,id=blk0")
+DISK = ("-drive", "file={},id=d0,if=none,{}", "-device", "virtio-blk-device,drive=d0,id=blk0")
 RNG = ("-object", "rng-random,id=r0,filename=/dev/urandom", "-device", "virtio-rng-device,rng=r0,id=rng0")
 
 
@@ -45,8 +46,19 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def disk(path: Path) -> tuple[str, ...]:
-    return tuple(word.format(path) for word in DISK)
+def disk(path: Path, engine: str = "direct=off") -> tuple[str, ...]:
+    return tuple(word.format(path, engine) for word in DISK)
+
+
+ENGINES = ("direct=off,aio=off", "direct=off,aio=threads", "direct=on,aio=native", "direct=on,aio=io_uring")
+
+
+def machine_with(machine, kernel: bytes, path: Path, engine: str):
+    """A machine with that engine behind its disk. Skips where the host, or the file system, has no such thing."""
+    try:
+        return machine(kernel, *disk(path, engine))
+    except ConfigError as error:
+        pytest.skip(f"not on this host: {error}")
 
 
 # -- interrupts
@@ -113,8 +125,9 @@ def prepare(vm, requests: list[tuple[int, int]]) -> GuestQueue:
     return queue
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("window", [layout.slot(0).base, layout.slot(0).acpi_base])
-def test_a_disk_read_and_write_with_an_interrupt(machine, image: Path, window: int) -> None:
+def test_a_disk_read_and_write_with_an_interrupt(machine, image: Path, window: int, engine: str) -> None:
     """Ring, kick, interrupt: the guest waits for its handler, not for the ring."""
     place = queue_layout()
     asm = Asm().set_stack().gate(37, "disk").load_idt().pic().store(DATA, 0).sti()
@@ -125,7 +138,7 @@ def test_a_disk_read_and_write_with_an_interrupt(machine, image: Path, window: i
     asm.mov(EAX, 0).load_eax(place.used + 2, 2).cmp_eax(3).jnz(again).power_off()
     asm.handler("disk").load_eax(window + INTERRUPT_STATUS).store_eax(DATA + 4).store_eax(window + INTERRUPT_ACK)
     asm.inc(DATA).end_of_interrupt()
-    vm = machine(asm.kernel(), *disk(image))
+    vm = machine_with(machine, asm.kernel(), image, engine)
     prepare(vm, [(0, 5), (1, 7), (0, 63)])
     vm.run()
     assert vm.word(DATA + 4) == 1
@@ -136,7 +149,8 @@ def test_a_disk_read_and_write_with_an_interrupt(machine, image: Path, window: i
     assert image.read_bytes() == content[: 7 * 512] + b"\x01" * 512 + content[8 * 512 :]
 
 
-def test_many_kicks_lose_no_request(machine, image: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_many_kicks_lose_no_request(machine, image: Path, engine: str) -> None:
     """One kick a request, the guest spinning on the used index in between."""
     rounds = 200
     place = queue_layout()
@@ -150,7 +164,7 @@ def test_many_kicks_lose_no_request(machine, image: Path) -> None:
     spin = asm.label()
     asm.mov(EAX, 0).load_eax(place.used + 2, 2).raw(0x39, 0xD8).jnz(spin)  # cmp eax, ebx
     asm.cmp_eax(rounds).jnz(loop).power_off()
-    vm = machine(asm.kernel(), *disk(image))
+    vm = machine_with(machine, asm.kernel(), image, engine)
     queue = prepare(vm, [(0, 9)])
     for slot in range(16):
         vm.memory.store_u16(queue.avail + 4 + 2 * slot, 0)
