@@ -15,6 +15,7 @@ import pytest
 
 from stratovirt.cli.command import parse
 from stratovirt.loop import EventLoop
+from stratovirt.machine.kvm import KvmAccelerator
 from stratovirt.machine.microvm import MicroVm
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -111,7 +112,7 @@ class Machine:
 
     def run(self) -> Machine:
         """Start it if need be, and serve the loop until the machine ends."""
-        if self.vm.threads is None:
+        if self.vm.state == "created":
             self.vm.start()
         self.run_until(lambda: self.vm.state == "shutdown")
         return self
@@ -127,10 +128,12 @@ class Machine:
 
     def close(self) -> None:
         self.vm.close()
-        for vcpu in self.vm.vcpus:
+        kvm = self.vm.accelerator
+        assert isinstance(kvm, KvmAccelerator)
+        for vcpu in kvm.vcpus:
             vcpu.close()
-        self.vm.vm.close()
-        self.vm.system.close()
+        kvm.vm.close()
+        kvm.system.close()
         self.loop.close()
 
 

@@ -116,14 +116,15 @@ class VmConfig:
 
     __slots__ = (
         "accel", "chardevs", "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
-        "kernel_cmdline", "log_file", "machine_type", "memory_size", "name", "netdevs", "pidfile", "qmp", "reboot_action",
-        "rng_backends", "serial", "smp",
+        "kernel_cmdline", "log_file", "machine_type", "memory_size", "mod_test", "name", "netdevs", "pidfile", "qmp",
+        "reboot_action", "rng_backends", "serial", "smp",
     )
 
     def __init__(self) -> None:
         self.name = ""
         self.machine_type = "microvm"
-        self.accel = "kvm"
+        self.accel = "kvm"  # or "test"
+        self.mod_test = ""  # the socket that the test accelerator connects to
         self.dump_guest_core = True
         self.smp = SmpConfig()
         self.memory_size = 256 * MIB

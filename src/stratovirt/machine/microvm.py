@@ -17,15 +17,11 @@ from stratovirt.devices.sleep_control import SleepControl
 from stratovirt.errors import ConfigError, HostError, StateError
 from stratovirt.hostmap import HostMapping
 from stratovirt.hypervisor.kvm import run_loop
-from stratovirt.hypervisor.kvm.system import KvmSystem
-from stratovirt.hypervisor.kvm.vm import KvmVm
 from stratovirt.machine import drivers
 from stratovirt.machine.boot import Boot
-from stratovirt.machine.cpus import create_vcpus, reset_processors, topology_of
-from stratovirt.machine.halt_watch import HaltWatch
-from stratovirt.machine.lifecycle import PAUSED, RUNNING, Lifecycle
+from stratovirt.machine.kvm import KvmAccelerator, topology_of
+from stratovirt.machine.lifecycle import CREATED, PAUSED, RUNNING, Lifecycle
 from stratovirt.machine.slots import assign_slots, empty_slots, plug
-from stratovirt.machine.vcpus import VcpuThreads
 from stratovirt.memory import GuestMemory, RamRegion
 
 TYPE_CHECKING = False
@@ -39,6 +35,7 @@ if TYPE_CHECKING:
     from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
     from stratovirt.machine.hotplug import HotPlug
+    from stratovirt.machine.kvm import Accelerator
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.virtio.balloon import VirtioBalloon
 
@@ -64,31 +61,33 @@ class MicroVm(Lifecycle):
         self.iothreads: dict[str, IoThread] = {}
         self.slots: list[OccupiedSlot] = []
         self.balloon: VirtioBalloon | None = None
-        self.threads: VcpuThreads | None = None
+        self.accelerator: Accelerator | None = None
+        self.boot: Boot | None = None
         self._hotplug: HotPlug | None = None
         self._asked: Callable[[], None] | None = None  # what the guest wants done, until it is done
 
     def build(self) -> None:
         """Make the machine, up to the guest's first instruction. Raises: ConfigError, HostError."""
         config = self.config
-        self.system = KvmSystem()
-        self.vm = KvmVm(self.system)
+        self.accelerator = accelerator = self._create_accelerator()
+        self.vm = accelerator.vm
         self.memory = self._create_memory()
         self.vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
         self.vm.create_timer()
 
         devices = [device for device in config.devices if drivers.takes_slot(device)]
         chosen = assign_slots(devices)
-        topology = topology_of(config.smp)
         # With nobody to talk to the machine, nothing can ever be plugged in.
         empty = empty_slots(chosen) if config.qmp else []
         announced = sorted([*chosen, *(slot for _, slot in empty)], key=lambda slot: slot.number)
-        self.boot = Boot(config, topology.apic_ids, announced)
-        self.boot.load(self.memory)
+        if config.kernel:  # the command line sees to it that only the test accelerator goes without
+            self.boot = Boot(config, topology_of(config.smp).apic_ids, announced)
+            self.boot.load(self.memory)
         for chardev in config.chardevs.values():
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
-        self._create_iothreads()
-        around = drivers.Surroundings(config, self.memory, self.loop, self.chardevs, self.iothreads,
+        self._create_iothreads(accelerator)
+        device_loop = accelerator.device_loop(self.loop, lambda function: function())
+        around = drivers.Surroundings(config, self.memory, device_loop, self.chardevs, self.iothreads,
                                       self._on_balloon)
         for device, slot in zip(devices, chosen, strict=True):
             virtio = drivers.create(around, device)
@@ -96,11 +95,15 @@ class MicroVm(Lifecycle):
                                    around.loop_of(device)))
         for kind, slot in empty:
             virtio = drivers.create_empty(around, kind, slot.number)
-            self.slots.append(plug(virtio, "", slot, self.vm, self.memory, self.mmio, self.loop))
+            self.slots.append(plug(virtio, "", slot, self.vm, self.memory, self.mmio, device_loop))
         self.balloon = around.balloon
-        self._plug_legacy()
-        self.vcpus = create_vcpus(self.system, self.vm, topology, config.smp.max_cpus)
-        self.boot.enter(self.vcpus[0])
+        self._plug_legacy(accelerator)
+        accelerator.create_processors(self.boot)
+
+    def _create_accelerator(self) -> Accelerator:
+        config = self.config
+        return KvmAccelerator(config.smp, self.ports, self.mmio, self.loop, self._on_vcpu_exit,
+                              lambda: self.shutdown(True, "guest-shutdown"))
 
     @property
     def hotplug(self) -> HotPlug:
@@ -111,13 +114,15 @@ class MicroVm(Lifecycle):
             self._hotplug = HotPlug(self.config, self.slots, self.events, self.iothreads)
         return self._hotplug
 
-    def _create_iothreads(self) -> None:
+    def _create_iothreads(self, accelerator: Accelerator) -> None:
         if not self.config.iothreads:
             return
         from stratovirt.iothread import IoThread
 
         for id in self.config.iothreads:
-            self.iothreads[id] = IoThread(id, lambda: self.loop.call_soon(self._on_iothread_failure))
+            iothread = IoThread(id, lambda: self.loop.call_soon(self._on_iothread_failure))
+            iothread.loop = accelerator.device_loop(iothread.loop, iothread.call)
+            self.iothreads[id] = iothread
 
     def _create_memory(self) -> GuestMemory:
         regions: list[RamRegion] = []
@@ -134,8 +139,8 @@ class MicroVm(Lifecycle):
 
     # -- legacy devices
 
-    def _plug_legacy(self) -> None:
-        self._rtc = CmosRtc()
+    def _plug_legacy(self, accelerator: Accelerator) -> None:
+        self._rtc = CmosRtc(accelerator.now)
         self.ports.claim(_CMOS_PORT, 2, self._rtc)
         self.ports.claim(_KEYBOARD_DATA_PORT, 1, I8042(False, self._guest_reset))
         self.ports.claim(layout.KEYBOARD_CONTROLLER_PORT, 1, I8042(True, self._guest_reset))
@@ -171,22 +176,20 @@ class MicroVm(Lifecycle):
     def start(self) -> None:
         """Let the guest run, or with -S wait for `cont`. Thread: main."""
         paused = self.config.freeze
-        self.threads = threads = VcpuThreads(self.vcpus, self.ports, self.mmio, self._on_vcpu_exit)
-        threads.start(paused)
+        self._built().start(paused)
         for iothread in self.iothreads.values():
             iothread.start()
         self.state = PAUSED if paused else RUNNING
-        HaltWatch(self.loop, threads, lambda: self.state == RUNNING, lambda: self.shutdown(True, "guest-shutdown"))
 
     def stop_vcpus(self) -> None:
-        self._running_threads().pause()
+        self._built().pause()
         for occupied in self.slots:
             occupied.device.pause()
 
     def continue_vcpus(self) -> None:
         for occupied in self.slots:
             occupied.device.resume()
-        self._running_threads().resume()
+        self._built().resume()
 
     def reset_hardware(self) -> None:
         self._asked = None  # whatever it was, the guest that wanted it is gone
@@ -197,25 +200,24 @@ class MicroVm(Lifecycle):
             self._serial.reset()
         for region in self.memory.regions:
             region.host.discard()
-        self.boot.load(self.memory)
-        reset_processors(self.system, self.vm, self.vcpus)
-        self.boot.enter(self.vcpus[0])
-        self._running_threads().revive()
+        if self.boot is not None:
+            self.boot.load(self.memory)
+        self._built().reset_processors(self.boot)
 
     def vcpu_thread_ids(self) -> list[int]:
         """Kernel thread ids, in the order of the vCPUs."""
-        return self._running_threads().native_ids()
+        return self._built().thread_ids()
 
-    def _running_threads(self) -> VcpuThreads:
-        if self.threads is None:
-            raise StateError("this", self.state, RUNNING)
-        return self.threads
+    def _built(self) -> Accelerator:
+        if self.accelerator is None:
+            raise StateError("this", "not built", CREATED)
+        return self.accelerator
 
     def close(self) -> None:
         """Stop the vCPUs and iothreads, write out what consoles still hold, give back terminal and sockets."""
-        if self.threads is not None:
+        if self.accelerator is not None:
             try:
-                self.threads.stop()
+                self.accelerator.stop()
             except HostError as error:
                 log.error(str(error))
         for iothread in self.iothreads.values():
@@ -228,10 +230,8 @@ class MicroVm(Lifecycle):
                 chardev.close()
 
     def close_behind(self) -> None:
-        """The process is about to end: KVM shall take the machine apart without keeping anybody waiting."""
-        from stratovirt.hypervisor.kvm.teardown import close_behind
-
-        close_behind(self.vm.fd)
+        """The process is about to end, and nobody shall be kept waiting for what is taken apart."""
+        self._built().close_behind()
 
     def _on_balloon(self, guest_bytes: int) -> None:
         self.events.emit("BALLOON_CHANGED", {"actual": guest_bytes})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stratovirt.address_map import AddressMap
     from stratovirt.arch.x86_64.layout import Slot
     from stratovirt.config.vm import DeviceConfig
-    from stratovirt.hypervisor.kvm.vm import KvmVm
+    from stratovirt.machine.kvm import Wiring
     from stratovirt.memory import GuestMemory
     from stratovirt.virtio.device import VirtioDevice
     from stratovirt.virtio.mmio import VirtioMmio
@@ -63,7 +63,7 @@ def empty_slots(chosen: list[Slot]) -> list[tuple[str, Slot]]:
             for number in numbers if number not in taken]
 
 
-def plug(device: VirtioDevice, id: str, slot: Slot, vm: KvmVm, memory: GuestMemory, mmio: AddressMap,
+def plug(device: VirtioDevice, id: str, slot: Slot, vm: Wiring, memory: GuestMemory, mmio: AddressMap,
          loop: EventLoop) -> OccupiedSlot:
     """Wire a device into its slot: registers in both windows, one interrupt, an ioeventfd for each queue and window."""
     from stratovirt.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
