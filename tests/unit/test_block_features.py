@@ -175,8 +175,8 @@ def held(tmp_path: Path):
 
 
 def test_known_defect_13_no_more_on_the_way_than_the_queue_holds(held: Disk) -> None:
-    """The same head is made available over and over without waiting for its return."""
-    queue = held.queues[0]
+    """The same head is made available over and over without waiting for its return; the driver chose 4 of 8 descriptors."""
+    queue = held.start(size=4)
     head = held.put(IN, 1, room=512)
     most = 0
     for _ in range(20):
@@ -187,7 +187,7 @@ def test_known_defect_13_no_more_on_the_way_than_the_queue_holds(held: Disk) -> 
         held.loop.run_once(0)
         assert held.block._engine is not None
         most = max(most, held.block._engine.in_flight)
-    assert most == 8
+    assert most == 4
 
 
 def test_known_defect_06_a_reset_waits_for_requests_on_the_way(held: Disk) -> None:

@@ -107,8 +107,8 @@ class KernelEngine(ThreadEngine):
         return False
 
     def _advance(self, request: BlockRequest, done: int) -> None:
+        """Leave of the request what is still to be done."""
         request.offset += done
-        request.length -= done
         views = request.views
         while done and done >= len(views[0]):
             done -= len(views[0])

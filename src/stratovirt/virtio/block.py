@@ -143,7 +143,8 @@ class VirtioBlock(VirtioDevice):
     # -- requests, on the device's loop
 
     def ready(self, index: int) -> bool:
-        if self._paused or self._in_flight[index] >= self.queue_sizes[index]:
+        queue = self.queues[index]
+        if self._paused or queue is None or self._in_flight[index] >= queue.size:
             self._waiting.add(index)
             return False
         if self._buckets and self._loop is not None:
