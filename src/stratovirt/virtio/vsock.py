@@ -134,15 +134,23 @@ def open_backend(guest_cid: int, fd: int | None, memory: GuestMemory, path: str 
     Such a descriptor may have had its CID reserved already, and the kernel then calls the address taken.
     Raises: ConfigError, saying what to do.
     """
-    inherited = fd is not None
-    option, value = (f"{_OPTION},vhostfd", str(fd)) if inherited else (_OPTION, f"guest-cid={guest_cid}")
-    if fd is None:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ConfigError(f"cannot open {path}: {os.strerror(error.errno or 0)}", option=option, value=value,
-                              accepted="a host with modprobe vhost_vsock done, and the right to open it") from error
+    if fd is not None:
+        return _prepare(KernelVhost(fd, path, memory), guest_cid, f"{_OPTION},vhostfd", str(fd), inherited=True)
+    value = f"guest-cid={guest_cid}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"cannot open {path}: {os.strerror(error.errno or 0)}", option=_OPTION, value=value,
+                          accepted="a host with modprobe vhost_vsock done, and the right to open it") from error
     backend = KernelVhost(fd, path, memory)
+    try:
+        return _prepare(backend, guest_cid, _OPTION, value, inherited=False)
+    except ConfigError:
+        backend.close()
+        raise
+
+
+def _prepare(backend: KernelVhost, guest_cid: int, option: str, value: str, inherited: bool) -> KernelVhost:
     try:
         backend.features()  # first, because a descriptor that is something else is to be called so
     except HostError as error:
