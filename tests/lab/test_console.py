@@ -119,7 +119,7 @@ def test_10_mib_both_ways_through_a_named_port(
     status, output = guest.finish()
     assert status == 0
     lines = output.splitlines()
-    assert lines[:2] == ["vport0p1", "vport0p2"]
+    assert [line.rpartition("p")[2] for line in lines[:2]] == ["1", "2"]
     assert hashlib.md5(content).hexdigest() in output
     assert hashlib.md5(received).hexdigest() in output
     assert lines[-1] == "got a second client"
