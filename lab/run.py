@@ -41,6 +41,9 @@ EXIT_LAB_FAILED = 125
 # processor sleeps for ever. A byte every now and then, which lab/init hands from one processor to the next, is that next
 # interrupt. (Not with --icount, where timers run on the processor's own thread.)
 KICK_SECONDS = 0.25
+# The lab host is up in 3 s (10 with --icount); one that is not up after this long never will be.
+BOOT_SECONDS = 120.0
+READY = b"ready\n"
 _PR_SET_PDEATHSIG = 1
 # An AMD processor with nested paging, without the features that QEMU's emulation has not and would warn about. XSAVE is
 # among them: the emulation does not let KVM see a guest's XSETBV, so KVM's idea of the guest's extended state is wrong, and
@@ -122,10 +125,11 @@ class Lab:
                 for end in ours.values():
                     end.close()
         if not in_time:
-            self._explain(f"ended at its deadline of {deadline:.0f} s")
-            return EXIT_DEADLINE
+            booted = self.status.startswith(READY)
+            self._explain(f"ended at its deadline of {deadline:.0f} s" if booted else "did not come up")
+            return EXIT_DEADLINE if booted else EXIT_LAB_FAILED
         try:
-            return int(self.status)
+            return int(self.status.removeprefix(READY))
         except ValueError:
             self._explain(f"ended without a status (QEMU's own: {qemu.returncode})")
             return EXIT_LAB_FAILED
@@ -157,12 +161,13 @@ class Lab:
         return line
 
     def _relay(self, qemu: subprocess.Popen[bytes], ends: dict[str, socket.socket], until: float) -> bool:
-        """Pass the streams on until QEMU has ended and all is read. False when `until` comes first."""
+        """Pass the streams on until QEMU has ended and all is read. False when `until`, or the time to boot, comes first."""
+        booted_until = min(until, time.monotonic() + BOOT_SECONDS)
         with selectors.DefaultSelector() as selector:
             for name, end in ends.items():
                 selector.register(end, selectors.EVENT_READ, name)
             while selector.get_map():
-                left = until - time.monotonic()
+                left = (until if self.status.startswith(READY) else booted_until) - time.monotonic()
                 if left <= 0:
                     return False
                 events = selector.select(min(left, KICK_SECONDS))
