@@ -450,6 +450,18 @@ def test_ports_are_numbered_whatever_the_order() -> None:
     assert ports(CONTROLLER) == {}
 
 
+def test_katas_console_and_vsock() -> None:
+    line = ("-kernel k -device virtio-serial-device,id=virtio-serial0 "
+            "-chardev socket,id=charconsole0,path=/run/vc/vm/1/console.socket,server,nowait "
+            "-device virtconsole,chardev=charconsole0,id=virtio-console0,nr=0 "
+            "-device vhost-vsock-device,id=vsock-id,guest-cid=4294967294,vhostfd=3")
+    config = command.parse(line.split())
+    assert {number: device.id for number, device in number_ports(config.devices).items()} == {0: "virtio-console0"}
+    assert config.chardevs["charconsole0"].server
+    vsock = config.devices[-1].options
+    assert (vsock.integer("guest-cid"), vsock.optional_integer("vhostfd")) == (4294967294, 3)
+
+
 def test_what_cannot_be_a_port() -> None:
     port = "-device virtserialport,id=a,chardev=c0"
     assert "there is no virtio-serial-device" in refusal(port)
