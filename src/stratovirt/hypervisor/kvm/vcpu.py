@@ -111,13 +111,16 @@ class KvmVcpu:
 
     def get_rest(self) -> dict[int, bytearray]:
         """FPU, extended state, debug registers and pending events, keyed by the ioctl that sets each of them."""
-        return {
+        state = {
             uapi.KVM_SET_FPU: self._get("KVM_GET_FPU", uapi.KVM_GET_FPU, uapi.SIZEOF_FPU),
             uapi.KVM_SET_XCRS: self._get("KVM_GET_XCRS", uapi.KVM_GET_XCRS, uapi.SIZEOF_XCRS),
             uapi.KVM_SET_XSAVE: self._get("KVM_GET_XSAVE", uapi.KVM_GET_XSAVE, uapi.SIZEOF_XSAVE),
             uapi.KVM_SET_DEBUGREGS: self._get("KVM_GET_DEBUGREGS", uapi.KVM_GET_DEBUGREGS, uapi.SIZEOF_DEBUGREGS),
             uapi.KVM_SET_VCPU_EVENTS: self._get("KVM_GET_VCPU_EVENTS", uapi.KVM_GET_VCPU_EVENTS, uapi.SIZEOF_VCPU_EVENTS),
         }
+        if not any(state[uapi.KVM_SET_XCRS][:4]):  # nr_xcrs: a processor without XSAVE has none, and then none can be set
+            del state[uapi.KVM_SET_XCRS]
+        return state
 
     def set_rest(self, state: dict[int, bytearray]) -> None:
         for request, value in state.items():
