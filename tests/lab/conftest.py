@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import sys
@@ -16,17 +18,50 @@ sys.path.insert(0, str(ROOT))
 from guest import assets, initramfs  # noqa: E402
 from linux_guest import KERNELS, Guest  # noqa: E402
 
+# Where the tier runner reads, test by test, what has been done: the emulated host may die under us.
+PROGRESS = os.environ.get("STRATOVIRT_LAB_PROGRESS")
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("STRATOVIRT_LAB"):
-        return
-    from lab.microvm import can_run_linux
 
-    if not can_run_linux():
-        skip = pytest.mark.skip(reason="this machine's KVM cannot run Linux: use `make test TIER=lab-x86`")
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mine = [item for item in items if Path(__file__).parent in item.path.parents]
+    if not os.environ.get("STRATOVIRT_LAB"):
+        from lab.microvm import can_run_linux
+
+        if not can_run_linux():
+            skip = pytest.mark.skip(reason="this machine's KVM cannot run Linux: use `make test TIER=lab-x86`")
+            for item in mine:
                 item.add_marker(skip)
+    if PROGRESS and Path(PROGRESS).exists():
+        done = set()
+        for text in Path(PROGRESS).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the line that was being written when the host died
+                line = json.loads(text)
+                if line["outcome"] != "started":
+                    done.add(line["test"])
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+    note("", "collected", str(len(items)))
+
+
+def note(test: str, outcome: str, reason: str = "") -> None:
+    """One line of the progress file."""
+    if PROGRESS:
+        with open(PROGRESS, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps({"test": test, "outcome": outcome, "reason": reason}))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    note(nodeid, "started")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        note(report.nodeid, "skipped", reason.removeprefix("Skipped: "))
+    elif report.failed:
+        note(report.nodeid, "failed", report.when or "")
+    elif report.when == "call":
+        note(report.nodeid, "passed")
 
 
 @pytest.fixture(scope="session")
