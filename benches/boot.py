@@ -60,7 +60,8 @@ def _tell(report: Report, case: str, records: list[Record], folder: Path) -> Non
     table = durations(_integer(phases["began"]), f"{phases['report']}{_GUEST}\t{phases['ended']}\n")
     for phase, milliseconds in table.items():
         report.line(f"{case}, phase: {phase}", milliseconds, "ms")
-    events = {name: kvm_trace.read(folder / str(_select(records, "trace", name)[0]["file"])) for name in (OURS, PEER)}
+    traces = {name: _select(records, "trace", name)[0] for name in (OURS, PEER)}
+    events = {name: kvm_trace.read(folder / str(traces[name]["file"])) for name in (OURS, PEER)}
     exits = {name: kvm_trace.user_space_exits(events[name]) for name in (OURS, PEER)}
     for label in sorted(exits[OURS].keys() | exits[PEER].keys(), key=lambda label: -exits[OURS].get(label, (0, 0))[1]):
         mine, theirs = (exits[name].get(label, (0, 0)) for name in (OURS, PEER))
@@ -71,8 +72,23 @@ def _tell(report: Report, case: str, records: list[Record], folder: Path) -> Non
     entries = [kvm_trace.count(events[name], "kvm_entry") for name in (OURS, PEER)]
     report.line(f"{case}, exits to user space, all", all_exits[0], "exits", PEER, all_exits[1])
     report.line(f"{case}, exits to user space, all", all_time[0], "ms", PEER, all_time[1])
+    answered = {name: kvm_trace.kernel_port_accesses(events[name]) for name in (OURS, PEER)}
+    _side_by_side(report, f"{case}, exits to KVM", answered)
+    _side_by_side(report, f"{case}, the processor's exits", {name: _counts(traces[name]["reasons"]) for name in (OURS, PEER)})
     report.line(f"{case}, entries into the guest", entries[0], "entries", PEER, entries[1])
     report.say(f"{case}: {statistics.median(times[OURS]) / statistics.median(times[PEER]):.3f} of QEMU's instructions")
+
+
+def _side_by_side(report: Report, case: str, counts: dict[str, dict[str, int]]) -> None:
+    mine, theirs = counts[OURS], counts[PEER]
+    for label in sorted(mine.keys() | theirs.keys(), key=lambda label: -mine.get(label, 0)):
+        report.line(f"{case}, {label}", mine.get(label, 0), "exits", PEER, theirs.get(label, 0))
+
+
+def _counts(value: object) -> dict[str, int]:
+    if not isinstance(value, dict):
+        raise BenchError(f"{value!r} is not a table")
+    return {str(label): _integer(times) for label, times in value.items()}
 
 
 def _select(records: list[Record], kind: str, monitor: str) -> list[Record]:

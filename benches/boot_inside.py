@@ -17,26 +17,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import stratovirt
-from benches import kvm_trace, machines
+from benches import kvm_trace, machines, phases_probe
 from benches.phases import probe_command
 
 MEMORY = "256M"
 # init does nothing but write to the port; the panic that ends its kernel comes after the measurement.
 _BASE = "reboot=t panic=-1 rdinit=/sbin/bootport"
-CASES = {"no console": _BASE, "console on the serial port": f"console=ttyS0 {_BASE}"}
+CASES = {"quiet": f"console=ttyS0 quiet {_BASE}", "all messages on the serial port": f"console=ttyS0 {_BASE}"}
 OURS, PEER = OURS_FIRST = "stratovirt", machines.PEER
 _MARK = {OURS: b"boot-time port, 2", PEER: b"\x02"}
 _DEADLINE = 10
 _STANDARD_LIBRARY = Path(os.__file__).parent
+_SOURCE = Path(stratovirt.__file__).parent.parent
+_COPY = Path("/tmp/bench")
 
 
 def main(arguments: list[str]) -> int:
     kernel, initramfs, count, folder = Path(arguments[0]), Path(arguments[1]), int(arguments[2]), Path(arguments[3])
     say("copying what is timed to memory")
-    into_memory(timed_files())
-    kernel, initramfs = (Path(shutil.copy(file, f"/tmp/{file.name}")) for file in (kernel, initramfs))
+    launcher = into_memory()
+    kernel, initramfs = (Path(shutil.copy(file, _COPY)) for file in (kernel, initramfs))
     for number, (case, words) in enumerate(CASES.items()):
-        commands = {OURS: ours(kernel, initramfs, words), PEER: qemu(kernel, initramfs, words)}
+        commands = {OURS: [launcher, *ours(kernel, initramfs, words)[1:]], PEER: qemu(kernel, initramfs, words)}
         for monitor, command in commands.items():
             say(f"{case}: {monitor}")
             boot(command, _MARK[monitor])  # the first run fills caches
@@ -44,9 +46,9 @@ def main(arguments: list[str]) -> int:
                 tell("time", case, monitor, nanoseconds=boot(command, _MARK[monitor])[1])
             say(f"{case}: {monitor}: tracing")
             trace = f"trace.{number}.{OURS_FIRST.index(monitor)}"
-            kvm_trace.record(lambda command=command, mark=_MARK[monitor]: boot(command, mark), folder / trace)  # type: ignore[misc]
-            tell("trace", case, monitor, file=trace)
-        began, ended, report = boot_in_phases(probe_command(commands[OURS][1:]), _MARK[OURS])
+            reasons = kvm_trace.record(lambda command=command, mark=_MARK[monitor]: boot(command, mark), folder / trace)  # type: ignore[misc]
+            tell("trace", case, monitor, file=trace, reasons=reasons)
+        began, ended, report = boot_in_phases(probe(commands[OURS][1:]), _MARK[OURS])
         tell("phases", case, OURS, began=began, ended=ended, report=report)
     return 0
 
@@ -101,33 +103,53 @@ def boot_in_phases(command: list[str], mark: bytes) -> tuple[int, int, str]:
         return began, began + lasted, file.read().decode()
 
 
-# -- files that are timed come from memory
+def probe(arguments: list[str]) -> list[str]:
+    """The probe's command line, with interpreter and files from memory as in a timed run."""
+    python, *words = probe_command(arguments)
+    replaced = [word.replace(str(_SOURCE), str(_COPY / "src")) for word in words]
+    shutil.copy(phases_probe.__file__, _COPY)
+    replaced[replaced.index(phases_probe.__file__)] = str(_COPY / "phases_probe.py")
+    return [str(Path(python).resolve()), *replaced]
 
-def timed_files() -> list[Path]:
-    """What the two programs open: themselves, their libraries, Python's, and firmware."""
-    program = shutil.which(machines.QEMU)
-    if program is None:
+
+# -- All that is timed comes from memory: the lab's files come from the machine below, and waiting for them is no work.
+
+def into_memory() -> str:
+    """Put what the two programs open into memory; the path of a launcher that starts ours from there."""
+    found = shutil.which(machines.QEMU)
+    if found is None:
         sys.exit(f"{machines.QEMU} is not installed")
-    python = Path(sys.executable).resolve()
-    files = [Path(program), python, Path(machines.STRATOVIRT), *libraries(Path(program)), *libraries(python)]
-    files += Path("/usr/share/seabios").glob("*.bin")
-    files += Path("/usr/share/qemu").glob("*.bin")
-    files += Path("/usr/lib/x86_64-linux-gnu/qemu").glob("*.so")
-    files += Path(stratovirt.__file__).parent.rglob("*.py*")
-    for pattern in ("*.py", "__pycache__/*.pyc", "encodings/*.py", "encodings/__pycache__/*.pyc", "lib-dynload/*.so"):
-        files += _STANDARD_LIBRARY.glob(pattern)
-    return files
+    program, python = Path(found), Path(sys.executable).resolve()
+    _COPY.mkdir()
+    for file in {program, python, *libraries(program), *libraries(python)}:
+        file.chmod(file.stat().st_mode & 0o7777)  # the overlay copies a file to its tmpfs when its mode is set
+    for folder in ("/usr/share/seabios", "/usr/share/qemu", "/usr/lib/x86_64-linux-gnu/qemu"):
+        replace_folder(Path(folder), "keymaps", "firmware", "OVMF*", "skiboot*", "opensbi*", "audio-*", "ui-*")
+    replace_folder(_STANDARD_LIBRARY, *(entry.name for entry in _STANDARD_LIBRARY.iterdir() if is_unused(entry)))
+    shutil.copytree(_SOURCE / "stratovirt", _COPY / "src/stratovirt")
+    launcher = _COPY / "stratovirt"
+    interpreter, _, rest = Path(machines.STRATOVIRT).read_text().partition("\n")
+    options = interpreter.partition(" ")[2]
+    launcher.write_text(f"#!{python} {options}\n" + rest.replace(str(_SOURCE), str(_COPY / "src")))
+    launcher.chmod(0o755)
+    return str(launcher)
+
+
+def is_unused(entry: Path) -> bool:
+    """Packages of the standard library that neither the start nor the log line imports."""
+    return entry.is_dir() and entry.name not in ("encodings", "lib-dynload", "__pycache__", "collections")
+
+
+def replace_folder(folder: Path, *without: str) -> None:
+    """Lay a copy in memory over `folder`."""
+    copy = _COPY / folder.name
+    shutil.copytree(folder, copy, symlinks=False, ignore=shutil.ignore_patterns(*without), ignore_dangling_symlinks=True)
+    subprocess.run(["mount", "--bind", str(copy), str(folder)], check=True)
 
 
 def libraries(program: Path) -> list[Path]:
     listing = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
     return [Path(word).resolve() for word in listing.split() if word.startswith("/")]
-
-
-def into_memory(files: Iterable[Path]) -> None:
-    """Have the lab's overlay copy `files` to its tmpfs: it does so when a file's mode is set, and their times stay."""
-    for file in files:
-        file.chmod(file.stat().st_mode & 0o7777)
 
 
 if __name__ == "__main__":
