@@ -61,6 +61,12 @@ def test_everything_at_once_in_any_order() -> None:
     assert (rng.options.optional_integer("max-bytes"), rng.options.optional_integer("period")) == (1024, 1000)
 
 
+@pytest.mark.parametrize("line", ["-accel test", "-machine microvm,accel=test", "-accel test -machine microvm,accel=kvm"])
+def test_the_test_accelerator_needs_no_kernel(line: str) -> None:
+    config = parse(f"{line} -mod-test /run/test.sock")
+    assert (config.accel, config.mod_test, config.kernel) == ("test", "/run/test.sock", "")
+
+
 def test_everything_that_a_disk_takes() -> None:
     drive = parse("-kernel k -drive id=d,file=/f,direct=on,aio=io_uring,discard=unmap,detect-zeroes=on,"
                   "throttling.iops-total=1000000").drives["d"]
@@ -183,6 +189,10 @@ BAD = [
     (f"-kernel k -name {'n' * 256}", "-name", "n" * 256, "256 bytes are too long"),
     ("-kernel k -cpu max", "-cpu", "max", "unknown"),
     ("-kernel k -accel tcg", "-accel", "tcg", "unknown"),
+    ("-kernel k -accel test", "-accel", "test", "needs a socket"),
+    ("-kernel k -mod-test /s", "-mod-test", "/s", "MST can only use test accel!"),
+    ("-kernel k -machine microvm,accel=test -accel kvm -mod-test /s", "-mod-test", "/s", "MST can only use test accel!"),
+    (f"-accel test -mod-test {'s' * 108}", "-mod-test", "s" * 108, "108 bytes are too long"),
     ("-kernel k -machine pc", "-machine", "pc", "unknown"),
     ("-kernel k -machine microvm,usb=on", "-machine usb", "on", "no USB controller"),
     ("-kernel k -machine microvm,gic-version=3", "-machine", "gic-version=3", "Found argument 'gic-version'"),
@@ -271,7 +281,6 @@ NOT_YET = [
     ("-machine q35", "-machine", "q35"),
     ("-machine none,accel=kvm:tcg", "-machine", "none"),
     ("-machine microvm,mem-share=on", "-machine mem-share", "on"),
-    ("-accel test", "-accel", "test"),
     ("-mem-path /dev/hugepages", "-mem-path", "/dev/hugepages"),
     ("-mem-prealloc", "-mem-prealloc", None),
     ("-incoming file:/snapshot", "-incoming", "file:/snapshot"),

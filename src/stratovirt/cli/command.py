@@ -92,11 +92,20 @@ def _name(config: VmConfig, values: list[str]) -> None:
 def _machine(config: VmConfig, values: list[str]) -> None:
     machine = read_group(options.MACHINE, values[0])
     config.machine_type = machine.string("type")
+    config.accel = _accelerator(machine)
     config.dump_guest_core = machine.boolean("dump-guest-core")
 
 
 def _accel(config: VmConfig, values: list[str]) -> None:
-    read_group(options.ACCEL, values[0])  # every accelerator that is accepted is KVM
+    config.accel = _accelerator(read_group(options.ACCEL, values[0]))
+
+
+def _accelerator(values: OptionValues) -> str:
+    return "test" if values.string("accel") == "test" else "kvm"
+
+
+def _mod_test(config: VmConfig, values: list[str]) -> None:
+    config.mod_test = str(read_value(options.MOD_TEST, values[0], "-mod-test"))
 
 
 def _memory(config: VmConfig, values: list[str]) -> None:
@@ -265,9 +274,9 @@ def _log_file(config: VmConfig, values: list[str]) -> None:
 
 
 _IN_ORDER: tuple[tuple[str, Callable[[VmConfig, list[str]], None]], ...] = (
-    ("name", _name), ("machine", _machine), ("accel", _accel), ("m", _memory), ("smp", _smp), ("cpu", _cpu),
-    ("kernel", _kernel), ("initrd", _initrd), ("append", _append), ("drive", _drives), ("object", _objects),
-    ("netdev", _netdevs), ("chardev", _chardevs), ("device", _devices),
+    ("name", _name), ("machine", _machine), ("accel", _accel), ("mod-test", _mod_test), ("m", _memory), ("smp", _smp),
+    ("cpu", _cpu), ("kernel", _kernel), ("initrd", _initrd), ("append", _append), ("drive", _drives),
+    ("object", _objects), ("netdev", _netdevs), ("chardev", _chardevs), ("device", _devices),
     ("qmp", _qmp), ("S", _freeze), ("freeze", _freeze), ("action", _action),
     ("no-reboot", _no_reboot), ("daemonize", _daemonize), ("pidfile", _pidfile), ("D", _log_file),
 )

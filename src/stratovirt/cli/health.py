@@ -77,7 +77,12 @@ def check(config: VmConfig, serial: str, mon: str) -> None:
         stdio_users += serial == "stdio"
     if mon:
         config.qmp.append(_monitor(config, mon))
-    if not config.kernel:
+    if config.mod_test and config.accel != "test":
+        raise ConfigError("MST can only use test accel!", option="-mod-test", value=config.mod_test, accepted="-accel test")
+    if config.accel == "test" and not config.mod_test:
+        raise ConfigError("the test accelerator needs a socket to be driven from", option="-accel", value="test",
+                          accepted="-mod-test PATH")
+    if not config.kernel and config.accel != "test":
         raise ConfigError("kernel file is required for microvm machine type, which is not provided", option="-kernel",
                           accepted="-kernel FILE; stratovirt -h lists all options")
     if stdio_users > 1:

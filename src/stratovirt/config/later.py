@@ -93,7 +93,6 @@ OTHER_DEVICES = (
 VALUES = {
     "mem-path": Key("mem-path", Path(), ""),
     "hardware-signature": Key("hardware-signature", Int(0, U32_MAX), ""),
-    "mod-test": Key("mod-test", Path(), ""),
     "windows_emu_pid": Key("windows_emu_pid", Int(1, U64_MAX), ""),
 }
 INCOMING_SCHEMES = ("file", "unix", "tcp")

@@ -43,18 +43,18 @@ _ID = Key("id", _STRING, "the name by which other options and QMP refer to it", 
 _CHARDEV = Key("chardev", _STRING, "the id of its -chardev", required=True)
 _FD = Int(0, (1 << 31) - 1)
 _ACCEL = Choice("kvm", "kvm:tcg", "test")
-_HAVE_ACCEL = ("kvm", "kvm:tcg")
 
 MACHINE = Group("-machine", "the machine model and what holds for all of it", first="type", keys=(
     Key("type", Choice("none", "microvm", "q35", "virt", fold=True), "machine model", "microvm", works=("microvm",)),
-    Key("accel", _ACCEL, "what runs the guest's instructions; kvm:tcg is taken as kvm", "kvm", works=_HAVE_ACCEL),
+    Key("accel", _ACCEL, "kvm, or test: devices driven through -mod-test; kvm:tcg is taken as kvm", "kvm"),
     Key("dump-guest-core", _BOOL, "let guest memory be part of a core dump", True, aliases=("dump_guest_core",)),
     Key("mem-share", _BOOL, "guest memory that another process can map", False, works=(False,)),
     Key("usb", _BOOL, "a USB controller", False, works=(False,), refusal="this machine has no USB controller"),
 ))
 
 ACCEL = Group("-accel", "what runs the guest's instructions, before -machine accel=", first="accel", keys=(
-    Key("accel", _ACCEL, "kvm; kvm:tcg is taken as kvm", "kvm", required=True, works=_HAVE_ACCEL),
+    Key("accel", _ACCEL, "kvm, or test: devices driven through -mod-test; kvm:tcg is taken as kvm", "kvm",
+        required=True),
 ))
 
 _DERIVED = Int(0, MAX_CPUS)
@@ -130,6 +130,9 @@ QMP_PATH = Key("unix", SocketPath(), "the unix socket")
 QMP_HOST = Key("tcp", Ipv4(), "the address to listen on")
 QMP_PORT = Key("port", Int(1, 65535), "the TCP port")
 QMP_ACCEPTED = "unix:PATH,server,nowait or tcp:IP:PORT,server,nowait"
+
+# -accel test: who drives the devices listens there.
+MOD_TEST = Key("mod-test", SocketPath(), "the unix socket")
 
 MON = Group("-mon", "a QMP monitor on a -chardev socket", keys=(
     Key("chardev", _STRING, "the id of a listening -chardev socket", required=True),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stratovirt.config.vm import SmpConfig
     from stratovirt.loop import EventLoop
     from stratovirt.machine.boot import Boot
+    from stratovirt.memory import RamRegion
 
     class InterruptLine(Protocol):
         def trigger(self) -> None:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     class Wiring(Protocol):
         """What memory and devices are connected to; `KvmVm` has the details. Raises: HostError."""
 
-        def add_memory(self, guest_address: int, host_address: int, size: int) -> None: ...
+        def add_memory(self, region: RamRegion) -> None: ...
 
         def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None: ...
 

@@ -102,6 +102,11 @@ class MicroVm(Lifecycle):
 
     def _create_accelerator(self) -> Accelerator:
         config = self.config
+        if config.accel == "test":
+            from stratovirt.hypervisor.test_accel.accelerator import TestAccelerator
+
+            return TestAccelerator(config.mod_test, self.ports, self.mmio, self.loop,
+                                   lambda: self.shutdown(False, "host-test-hang-up"))
         return KvmAccelerator(config.smp, self.ports, self.mmio, self.loop, self._on_vcpu_exit,
                               lambda: self.shutdown(True, "guest-shutdown"))
 
@@ -133,8 +138,9 @@ class MicroVm(Lifecycle):
                 raise ConfigError(str(error), option="-m", value=f"{self.config.memory_size >> 20}M") from error
             if not self.config.dump_guest_core:
                 host.dont_dump()
-            self.vm.add_memory(base, host.address, size)
-            regions.append(RamRegion(base, host))
+            region = RamRegion(base, host)
+            self.vm.add_memory(region)
+            regions.append(region)
         return GuestMemory(regions)
 
     # -- legacy devices

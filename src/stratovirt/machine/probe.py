@@ -90,7 +90,7 @@ def probe(system: KvmSystem) -> Verdict:
     try:
         host = HostMapping(_RAM_SIZE)
         memory = GuestMemory([RamRegion(0, host)])
-        vm.add_memory(0, host.address, _RAM_SIZE)
+        vm.add_memory(RamRegion(0, host))
         vcpu = KvmVcpu(vm, 0, system.vcpu_mmap_size())
         try:
             _set_up(system, vcpu, memory)

@@ -18,6 +18,10 @@ from stratovirt.hostmap import ioctl_address
 from stratovirt.hypervisor.kvm import _uapi as uapi
 from stratovirt.hypervisor.kvm.system import KvmSystem
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.memory import RamRegion
+
 
 class IrqFd:
     """An edge-triggered interrupt line: one eventfd write is one interrupt. Thread: any."""
@@ -49,11 +53,11 @@ class KvmVm:
         except OSError as error:
             raise HostError.from_os(name, error) from error
 
-    def add_memory(self, guest_address: int, host_address: int, size: int) -> None:
-        """Let the guest see `size` bytes of this process at `guest_address`."""
+    def add_memory(self, region: RamRegion) -> None:
+        """Let the guest see `region`."""
         # struct kvm_userspace_memory_region { u32 slot, flags; u64 guest_phys_addr, memory_size, userspace_addr; }
-        region = struct.pack("<IIQQQ", self._slots, 0, guest_address, size, host_address)
-        self._ioctl("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, region)
+        slot = struct.pack("<IIQQQ", self._slots, 0, region.base, region.size, region.host.address)
+        self._ioctl("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, slot)
         self._slots += 1
 
     def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None:
