@@ -91,7 +91,7 @@ def test_fio_verifies_a_random_mix(
     )
     extra = (*drive(image, chosen), *drive(fio_disk, ",readonly=on,direct=off", id="tools"))
     guest = boot("stock-elf", load, smp=2, memory=512, extra=extra)
-    status, output = guest.finish(600)
+    status, output = guest.finish(240)
     assert (status, output.strip().splitlines()[-1]) == (0, "load;0;0"), output
     assert "read of" not in guest.errors and "write of" not in guest.errors
 
