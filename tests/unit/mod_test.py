@@ -3,6 +3,7 @@ socket and serves the machine's loop whenever it waits."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import time
@@ -38,6 +39,13 @@ class MachineUnderTest:
     def close(self) -> None:
         self.peer.close()
         self.vm.close()
+        for iothread in self.vm.iothreads.values():
+            iothread.loop.close()
+        for occupied in self.vm.slots:
+            for fd in occupied.transport.notify_fds:
+                os.close(fd)
+        for line in self.vm.vm.lines._lines.values():  # type: ignore[attr-defined]
+            os.close(line._fd)
         self.loop.close()
 
     def until(self, condition: Callable[[], bool], what: str = "it did not come") -> None:

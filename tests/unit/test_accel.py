@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import gc
 import os
 import random
 import socket
@@ -41,6 +42,13 @@ def make(tmp_path: Path) -> Iterator[Make]:
     yield factory
     for machine in made:
         machine.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_left() -> Iterator[None]:
+    """Disks and kernels close their files when they are collected: not in the middle of somebody else's test."""
+    yield
+    gc.collect()
 
 
 class Driver:
