@@ -161,8 +161,10 @@ def test_both_windows_of_a_slot_are_there(make: Make, tmp_path: Path) -> None:
     assert machine.load(layout.slot(1).base) == 0xFFFF_FFFF  # without QMP an empty slot stays empty
 
 
-def test_a_request_limit_follows_the_virtual_clock(make: Make, tmp_path: Path) -> None:
-    machine = make(disk(tmp_path, ",throttling.iops-total=1")[0])
+@pytest.mark.parametrize("iothread", [False, True])
+def test_a_request_limit_follows_the_virtual_clock(make: Make, tmp_path: Path, iothread: bool) -> None:
+    options, _ = disk(tmp_path, ",throttling.iops-total=1", ",iothread=io" if iothread else "")
+    machine = make(("-object iothread,id=io " if iothread else "") + options)
     driver = Driver(machine, DISK.base)
     driver.start()
     request = [(HEADER, 16, False), (DATA, 512, True), (STATUS, 1, True)]
@@ -378,6 +380,52 @@ def test_what_is_malformed_gets_a_reason_and_changes_nothing(make: Make, command
     assert answer.isprintable()
     assert machine.load(0x1000, 8) == 0x5A5A_5A5A_5A5A_5A5A
     assert machine.step(0) == 5
+
+
+def test_timers_run_in_order_each_at_its_time() -> None:
+    from stratovirt.hypervisor.test_accel.clock import VirtualClock
+    from stratovirt.loop import EventLoop
+
+    clock, inner = VirtualClock(), EventLoop()
+    loops = [clock.device_loop(inner, lambda function: function()) for _ in range(2)]
+    seen: list[tuple[str, int]] = []
+
+    def again() -> None:
+        seen.append(("again", clock.ns))
+        loops[1].call_later(0.3, again)
+
+    loops[0].call_later(0.5, lambda: seen.append(("half", clock.ns)))
+    loops[1].call_later(0.3, again)
+    loops[0].call_later(0.1, lambda: seen.append(("never", clock.ns))).cancel()
+    loops[0].call_later(3.0, lambda: seen.append(("late", clock.ns)))
+    inner.run_once(0)  # the host's time changes nothing
+    assert seen == []
+    clock.advance(SECOND)
+    assert [name for name, _ in seen] == ["again", "half", "again", "again"]
+    assert [when // 1000 for _, when in seen] == [300_000, 500_000, 600_000, 900_000]
+    assert clock.ns == SECOND
+    assert loops[1].next_deadline() == pytest.approx(1.2)
+    inner.close()
+
+
+def test_a_timer_that_never_rests_does_not_hold_the_clock_up() -> None:
+    from stratovirt.hypervisor.test_accel.clock import LATEST, VirtualClock
+    from stratovirt.loop import EventLoop
+
+    clock, inner = VirtualClock(), EventLoop()
+    loop = clock.device_loop(inner, lambda function: function())
+    fired: list[int] = []
+
+    def again() -> None:
+        fired.append(clock.ns)
+        loop.call_later(0.001, again)
+
+    again()
+    clock.advance(LATEST)
+    assert clock.ns == LATEST
+    assert 1000 < len(fired) < 100_000
+    assert fired == sorted(fired)
+    inner.close()
 
 
 def test_no_interrupt_where_there_is_no_line(make: Make) -> None:
