@@ -93,13 +93,13 @@ def test_the_timer_interrupts_and_wakes_a_halted_processor(machine) -> None:
 # -- virtio-blk, end to end
 
 
-def bring_up(asm: Asm, window: int, queue: GuestQueue, features: int = 1 << 9) -> Asm:
+def bring_up(asm: Asm, window: int, queue: GuestQueue, features: int = 1 << 9, number: int = 0) -> Asm:
     """A driver's initialization, in the order of the specification, for a queue whose place is known beforehand."""
     asm.store(window + STATUS, 0).store(window + STATUS, ACKNOWLEDGE).store(window + STATUS, ACKNOWLEDGE | DRIVER)
     asm.store(window + DRIVER_FEATURES_SEL, 0).store(window + DRIVER_FEATURES, features)
     asm.store(window + DRIVER_FEATURES_SEL, 1).store(window + DRIVER_FEATURES, 1)
     asm.store(window + STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK)
-    asm.store(window + QUEUE_SEL, 0).store(window + QUEUE_NUM, queue.size)
+    asm.store(window + QUEUE_SEL, number).store(window + QUEUE_NUM, queue.size)
     for register, address in ((QUEUE_DESC, queue.desc), (QUEUE_DRIVER, queue.avail), (QUEUE_DEVICE, queue.used)):
         asm.store(window + register, address).store(window + register + 4, 0)
     return asm.store(window + QUEUE_READY, 1).store(window + STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
@@ -191,6 +191,48 @@ def test_random_bytes_reach_the_guest(machine) -> None:
     vm.run()
     assert queue.collect() == [(0, 64)]
     assert vm.memory.read(BUFFERS, 64) != bytes(64)
+
+
+def test_pages_that_a_guest_gives_leave_the_process(machine) -> None:
+    given, kept = 0x40_0000, 0x40_1000
+    place = queue_layout()
+    window = layout.slot(6).base
+    asm = Asm()
+    bring_up(asm, window, place, features=0)
+    again = asm.store(place.avail + 2, 1, 2).store(window + QUEUE_NOTIFY, 0).label()
+    asm.mov(EAX, 0).load_eax(place.used + 2, 2).cmp_eax(1).jnz(again)
+    asm.store(window + 0x104, 1).load_eax(given).store_eax(DATA).load_eax(kept).store_eax(DATA + 4).power_off()
+    vm = machine(asm.kernel(), *BALLOON)
+    queue = GuestQueue(vm.memory, RINGS, 16)
+    vm.memory.write(BUFFERS, struct.pack("<I", given >> 12))
+    queue.add([(BUFFERS, 4, False)])
+    vm.memory.store_u16(queue.avail + 2, 0)
+    for address in (given, kept):
+        vm.memory.write(address, b"\xaa" * 4096)
+    vm.run()
+    assert queue.collect() == [(0, 0)]
+    assert (vm.word(DATA), vm.word(DATA + 4)) == (0, 0xAAAA_AAAA)
+    assert vm.vm.balloon.guest_bytes == vm.memory.size - 4096
+
+
+def test_a_console_without_multiport_writes_to_its_character_device(machine, tmp_path: Path) -> None:
+    place = queue_layout()
+    window = layout.slot(6).base
+    output = tmp_path / "output"
+    asm = Asm()
+    bring_up(asm, window, place, features=0, number=1)
+    again = asm.store(place.avail + 2, 1, 2).store(window + QUEUE_NOTIFY, 1).label()
+    asm.mov(EAX, 0).load_eax(place.used + 2, 2).cmp_eax(1).jnz(again).power_off()
+    vm = machine(asm.kernel(), "-chardev", f"file,id=c,path={output}", "-device", "virtconsole,id=p,chardev=c",
+                 "-device", "virtio-serial-device,id=s")
+    queue = GuestQueue(vm.memory, RINGS, 16)
+    text = bytes(range(256)) * 1024
+    vm.memory.write(0x40_0000, text)
+    queue.add([(0x40_0000, 100_000, False), (0x40_0000 + 100_000, len(text) - 100_000, False)])
+    vm.memory.store_u16(queue.avail + 2, 0)
+    vm.run()
+    vm.vm.close()
+    assert output.read_bytes() == text
 
 
 @pytest.mark.parametrize("engine", ENGINES)
