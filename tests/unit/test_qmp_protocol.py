@@ -212,15 +212,26 @@ def test_a_command_declared_twice_is_a_mistake():
 
 
 # As clients of the reference know it (its `query-commands`); what is ours comes after.
-REFERENCE = ["qmp_capabilities", "quit", "stop", "cont", "system_powerdown", "system_reset", "device_add", "device_del", "chardev-add", "chardev-remove", "netdev_add", "netdev_del", "netdev_replace", "netlink_set", "cameradev_add", "cameradev_del", "query-hotpluggable-cpus", "query-cpus", "query-status", "getfd", "blockdev-add", "blockdev-del", "balloon", "set-viomem", "get-viomem", "query-mem", "query-mem-gpa", "query-balloon", "query-vnc", "query-display-image", "switch-audio-record", "migrate", "query-migrate", "migrate_cancel", "query-version", "query-commands", "query-target", "query-kvm", "query-machines", "query-events", "qom-list-types", "device-list-properties", "block-commit", "query-tpm-models", "query-tpm-types", "query-command-line-options", "query-migrate-capabilities", "query-qmp-schema", "query-sev-capabilities", "query-chardev", "qom-list", "qom-get", "query-block", "query-named-block-nodes", "query-blockstats", "query-block-jobs", "query-gic-capabilities", "query-iothreads", "update_region", "input_event", "human-monitor-command", "blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync", "query-vcpu-reg", "trace-get-state", "trace-set-state", "query-ohui-status", "query-workloads", "detect-silent-audio"]
+REFERENCE = """
+qmp_capabilities quit stop cont system_powerdown system_reset device_add device_del chardev-add chardev-remove
+netdev_add netdev_del netdev_replace netlink_set cameradev_add cameradev_del query-hotpluggable-cpus query-cpus
+query-status getfd blockdev-add blockdev-del balloon set-viomem get-viomem query-mem query-mem-gpa query-balloon
+query-vnc query-display-image switch-audio-record migrate query-migrate migrate_cancel query-version query-commands
+query-target query-kvm query-machines query-events qom-list-types device-list-properties block-commit query-tpm-models
+query-tpm-types query-command-line-options query-migrate-capabilities query-qmp-schema query-sev-capabilities
+query-chardev qom-list qom-get query-block query-named-block-nodes query-blockstats query-block-jobs
+query-gic-capabilities query-iothreads update_region input_event human-monitor-command blockdev-snapshot-internal-sync
+blockdev-snapshot-delete-internal-sync query-vcpu-reg trace-get-state trace-set-state query-ohui-status query-workloads
+detect-silent-audio
+""".split()
 
 
 def test_commands_are_listed_in_the_order_of_the_reference_and_say_what_they_do():
     listed = [entry["name"] for entry in COMMANDS.dispatch(None, Request("query-commands", None, ABSENT), Descriptors())]
     assert listed == [entry.name for entry in COMMANDS] and len(set(listed)) == len(listed)
     assert listed[:len(REFERENCE)] == REFERENCE
-    assert set(listed[len(REFERENCE):]) == {"closefd", "query-cpus-fast", "query-name", "query-uuid", "query-memory-size-summary",
-                                           "set_link"}
+    assert set(listed[len(REFERENCE):]) == {
+        "closefd", "query-cpus-fast", "query-name", "query-uuid", "query-memory-size-summary", "set_link"}
     assert all(entry.summary for entry in COMMANDS) and all(event.summary for event in EVENTS)
 
 
