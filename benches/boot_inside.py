@@ -142,8 +142,8 @@ def is_unused(entry: Path) -> bool:
 
 def replace_folder(folder: Path, *without: str) -> None:
     """Lay a copy in memory over `folder`."""
-    copy = _COPY / folder.name
-    shutil.copytree(folder, copy, symlinks=False, ignore=shutil.ignore_patterns(*without), ignore_dangling_symlinks=True)
+    copy = _COPY / "below" / folder.relative_to("/")
+    shutil.copytree(folder, copy, symlinks=True, ignore=shutil.ignore_patterns(*without))
     subprocess.run(["mount", "--bind", str(copy), str(folder)], check=True)
 
 
