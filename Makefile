@@ -18,7 +18,8 @@ help:
 	@echo "make run [CMD='…']               a microVM: a shell in it, or one command's output"
 	@echo "make lab [CMD='…'] [SHARE=dir] [ICOUNT=1] [DEADLINE=seconds]"
 	@echo "                                the emulated x86_64 host: a shell in it, or one command's output"
-	@echo "make test [TIER=unit|kvm|lab-x86|fuzz]   checks and tests; all tiers, or one"
+	@echo "make test [TIER=unit|kvm|lab-x86|fuzz] [LONG=1]"
+	@echo "                                checks and tests; all tiers, or one; LONG=1: the long ones, too"
 	@echo "make bench [BENCH=name]          side-by-side measurements, as JSON lines"
 	@echo "make setup                       packages, .venv and guest assets, without running anything"
 	@echo "make clean-cache                 remove built kernels, images and downloads"
@@ -31,7 +32,7 @@ lab:
 
 test:
 	@lab/setup.sh base test venv
-	@$(PYTHON) tests/tiers.py $(TIER)
+	@LONG='$(LONG)' $(PYTHON) tests/tiers.py $(TIER)
 
 bench:
 	@lab/setup.sh base guest lab venv

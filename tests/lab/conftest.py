@@ -24,6 +24,10 @@ PROGRESS = os.environ.get("STRATOVIRT_LAB_PROGRESS")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mine = [item for item in items if Path(__file__).parent in item.path.parents]
+    if not os.environ.get("STRATOVIRT_LAB_LONG"):
+        for item in mine:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a long test: `make test LONG=1` runs it"))
     if not os.environ.get("STRATOVIRT_LAB"):
         from lab.microvm import can_run_linux
 
