@@ -90,7 +90,7 @@ class Patient:
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("kernel", "smp"), [("stock-elf", 2), ("small-elf", 1)])
+@pytest.mark.parametrize(("kernel", "smp"), [pytest.param("stock-elf", 2, marks=pytest.mark.long), ("small-elf", 1)])
 def test_to_half_and_back(boot: Callable[..., Guest], tmp_path: Path, kernel: str, smp: int) -> None:
     patient = Patient(boot, tmp_path, kernel, smp, "")
     guest = patient.guest
@@ -113,6 +113,7 @@ def test_to_half_and_back(boot: Callable[..., Guest], tmp_path: Path, kernel: st
     assert guest.finish()[0] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", ["stock-elf"])
 def test_reported_free_pages_leave_the_process(boot: Callable[..., Guest], tmp_path: Path, kernel: str) -> None:
     patient = Patient(boot, tmp_path, kernel, 1, ",free-page-reporting=true,deflate-on-oom=true")
@@ -130,6 +131,7 @@ def test_reported_free_pages_leave_the_process(boot: Callable[..., Guest], tmp_p
     assert patient.guest.finish()[0] == 0
 
 
+@pytest.mark.long
 def test_a_balloon_deflates_before_the_guest_runs_out(boot: Callable[..., Guest], tmp_path: Path) -> None:
     patient = Patient(boot, tmp_path, "small-elf", 1, ",deflate-on-oom=true")
     patient.balloon(200)

@@ -78,7 +78,9 @@ FIO = (
 )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [
+    "native", *(pytest.param(name, marks=pytest.mark.long) for name in ENGINES if name != "native"),
+])
 def test_fio_verifies_a_random_mix(
     boot: Callable[..., Guest], file_system: Callable[[int], Path], fio_disk: Path, engine: str | None
 ) -> None:
@@ -109,7 +111,11 @@ dd if=/dev/vda bs=1M iflag=direct 2>/dev/null | md5sum
 """
 
 
-@pytest.mark.parametrize(("kernel", "engine"), [("stock-elf", "native"), ("small-elf", "threads"), ("small-elf", "io_uring")])
+@pytest.mark.parametrize(("kernel", "engine"), [
+    ("small-elf", "io_uring"),
+    pytest.param("stock-elf", "native", marks=pytest.mark.long),
+    pytest.param("small-elf", "threads", marks=pytest.mark.long),
+])
 def test_several_queues_and_writers(
     boot: Callable[..., Guest], file_system: Callable[[int], Path], kernel: str, engine: str
 ) -> None:
@@ -121,7 +127,7 @@ def test_several_queues_and_writers(
     assert (status, output) == (0, f"{hashlib.md5(content).hexdigest()}  -\n2\n")
 
 
-@pytest.mark.parametrize("engine", ["off", "io_uring"])
+@pytest.mark.parametrize("engine", ["off", pytest.param("io_uring", marks=pytest.mark.long)])
 def test_a_full_host_file_system_gives_io_errors_and_the_machine_lives(
     boot: Callable[..., Guest], file_system: Callable[[int], Path], engine: str
 ) -> None:
@@ -160,7 +166,7 @@ def test_an_image_that_grows_is_noticed(boot: Callable[..., Guest], tmp_path: Pa
     assert image.read_bytes()[-512:-508] == b"end\n"
 
 
-@pytest.mark.parametrize("engine", ["threads", "native"])
+@pytest.mark.parametrize("engine", ["threads", pytest.param("native", marks=pytest.mark.long)])
 def test_discard_and_zeroes_give_space_back(
     boot: Callable[..., Guest], file_system: Callable[[int], Path], engine: str
 ) -> None:
@@ -183,7 +189,7 @@ def test_discard_and_zeroes_give_space_back(
     assert content == part + bytes(4 * MEBIBYTE) + part * 3 + bytes(4 * MEBIBYTE) + part * 4
 
 
-@pytest.mark.parametrize("engine", ["native", "io_uring"])
+@pytest.mark.parametrize("engine", ["native", pytest.param("io_uring", marks=pytest.mark.long)])
 def test_stop_and_reset_in_the_middle_of_requests(
     boot: Callable[..., Guest], file_system: Callable[[int], Path], engine: str
 ) -> None:

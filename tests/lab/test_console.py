@@ -69,7 +69,7 @@ def devices(folder: Path, *ports: str) -> tuple[str, ...]:
     return (*words, "-device", "virtio-serial-device,id=serial0")
 
 
-@pytest.mark.parametrize(("kernel", "smp"), [("stock-elf", 2), ("small-elf", 1)])
+@pytest.mark.parametrize(("kernel", "smp"), [pytest.param("stock-elf", 2, marks=pytest.mark.long), ("small-elf", 1)])
 def test_a_shell_on_hvc0(
     boot: Callable[..., Guest], connect: Callable[[Path], Client], tmp_path: Path, kernel: str, smp: int
 ) -> None:
@@ -89,7 +89,7 @@ def test_a_shell_on_hvc0(
     assert guest.wait_end() == 0
 
 
-@pytest.mark.parametrize(("kernel", "smp"), [("stock-elf", 1), ("small-elf", 2)])
+@pytest.mark.parametrize(("kernel", "smp"), [pytest.param("stock-elf", 1, marks=pytest.mark.long), ("small-elf", 2)])
 def test_10_mib_both_ways_through_a_named_port(
     boot: Callable[..., Guest], connect: Callable[[Path], Client], tmp_path: Path, kernel: str, smp: int
 ) -> None:
@@ -125,6 +125,7 @@ def test_10_mib_both_ways_through_a_named_port(
     assert lines[-1] == "got a second client"
 
 
+@pytest.mark.long
 def test_a_reader_that_sleeps_loses_nothing(
     boot: Callable[..., Guest], connect: Callable[[Path], Client], tmp_path: Path
 ) -> None:
@@ -166,7 +167,7 @@ def test_a_reader_that_sleeps_loses_nothing(
     assert digests == [hashlib.md5(received).hexdigest(), hashlib.md5(content).hexdigest()]
 
 
-@pytest.mark.parametrize("kernel", ["stock-elf", "small-elf"])
+@pytest.mark.parametrize("kernel", [pytest.param("stock-elf", marks=pytest.mark.long), "small-elf"])
 def test_the_guest_sees_clients_come_and_go(
     boot: Callable[..., Guest], connect: Callable[[Path], Client], tmp_path: Path, kernel: str
 ) -> None:
@@ -188,6 +189,7 @@ def test_the_guest_sees_clients_come_and_go(
     assert guest.finish() == (0, "got the first\ngone\ngot the second\n")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["pty", "file", "redirect-to-log"])
 def test_a_port_on_every_kind_of_character_device(boot: Callable[..., Guest], tmp_path: Path, kind: str) -> None:
     file = tmp_path / "output"

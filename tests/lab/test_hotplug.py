@@ -71,7 +71,7 @@ def wait_lines(guest: Guest, start: str, count: int) -> str:
     return found[count - 1].removeprefix(start).strip()
 
 
-@pytest.mark.parametrize("kernel", ["stock-elf", "small-elf"])
+@pytest.mark.parametrize("kernel", [pytest.param("stock-elf", marks=pytest.mark.long), "small-elf"])
 def test_a_disk_comes_and_goes_twenty_times_under_load_on_another(
     boot: Callable[..., Guest], tmp_path: Path, kernel: str
 ) -> None:
@@ -178,7 +178,7 @@ def tap() -> Iterator[str]:
     subprocess.run(["ip", "link", "del", name], check=False, capture_output=True, timeout=DEADLINE)
 
 
-@pytest.mark.parametrize("kernel", ["stock-elf", "small-elf"])
+@pytest.mark.parametrize("kernel", [pytest.param("stock-elf", marks=pytest.mark.long), "small-elf"])
 def test_a_network_cable_comes_and_goes_ten_times(boot: Callable[..., Guest], tap: str, kernel: str) -> None:
     guest = boot(kernel, CARRIER, qmp=True)
     for number in range(10):

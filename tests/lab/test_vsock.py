@@ -47,7 +47,7 @@ def receive_all(connection: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
-@pytest.mark.parametrize(("kernel", "smp"), [("stock-elf", 2), ("small-elf", 1)])
+@pytest.mark.parametrize(("kernel", "smp"), [pytest.param("stock-elf", 2, marks=pytest.mark.long), ("small-elf", 1)])
 def test_10_mib_from_the_host_to_a_listening_guest(
     boot: Callable[..., Guest], vsockcat: Path, cid: int, kernel: str, smp: int
 ) -> None:
@@ -66,7 +66,7 @@ def test_10_mib_from_the_host_to_a_listening_guest(
     assert (status, output.split()[0]) == (0, hashlib.md5(content).hexdigest())
 
 
-@pytest.mark.parametrize(("kernel", "smp"), [("stock-elf", 2), ("small-elf", 1)])
+@pytest.mark.parametrize(("kernel", "smp"), [pytest.param("stock-elf", 2, marks=pytest.mark.long), ("small-elf", 1)])
 def test_10_mib_from_a_guest_that_connects_and_back(
     boot: Callable[..., Guest], vsockcat: Path, cid: int, kernel: str, smp: int
 ) -> None:
