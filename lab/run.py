@@ -37,10 +37,11 @@ LOCK = Path("/tmp/stratovirt-lab.lock")
 EXIT_DEADLINE = 124
 EXIT_LAB_FAILED = 125
 # QEMU 7.2 clears an interrupt flag of a processor at each exit of a nested guest, without a lock and not atomically: now
-# and then an interrupt that comes at that very moment is forgotten until the next one. When it is the timer's, an idle
-# processor sleeps for ever. A byte every now and then, which lab/init hands from one processor to the next, is that next
-# interrupt. (Not with --icount, where timers run on the processor's own thread.)
-KICK_SECONDS = 0.25
+# and then an interrupt that comes at that very moment stays pending in the local APIC and is forgotten by the processor,
+# which sleeps on although an interrupt waits. The next one wakes it. So the host keeps a periodic tick: the APIC's timer in
+# periodic mode comes again by itself, whatever was lost before, where a one-shot timer waits to be armed by the very
+# handler that never ran. (Not with --icount, where everything runs on the processor's own thread.)
+PERIODIC_TICK = "nohz=off highres=off"
 # The lab host is up in 3 s (10 with --icount); one that is not up after this long never will be.
 BOOT_SECONDS = 120.0
 READY = b"ready\n"
@@ -101,7 +102,7 @@ class Lab:
 
     def run(self, interactive: bool, deadline: float) -> int:
         ours, theirs = {}, {}
-        for name in ("out", "err", "status", "kick"):
+        for name in ("out", "err", "status"):
             ours[name], theirs[name] = socket.socketpair()
         descriptors = [end.fileno() for end in theirs.values()]
         command = self.command_line(interactive, {name: end.fileno() for name, end in theirs.items()})
@@ -142,6 +143,7 @@ class Lab:
         words = [
             "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check",
             "rcupdate.rcu_expedited=1 audit=0 apparmor=0 nmi_watchdog=0 nowatchdog random.trust_cpu=on",
+            "" if self.icount else PERIODIC_TICK,
         ]
         line = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         line += ["-machine", "q35,smm=off,vmport=off", "-cpu", PROCESSOR, *processors, "-m", str(self.memory)]
@@ -170,10 +172,7 @@ class Lab:
                 left = (until if self.status.startswith(READY) else booted_until) - time.monotonic()
                 if left <= 0:
                     return False
-                events = selector.select(min(left, KICK_SECONDS))
-                if not self.icount:
-                    _kick(ends["kick"])
-                for key, _ in events:
+                for key, _ in selector.select(left):
                     end = ends[key.data]
                     try:
                         data = end.recv(1 << 16)
@@ -266,13 +265,6 @@ def _terminated_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _kick(end: socket.socket) -> None:
-    try:
-        end.send(b".", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-    except (BlockingIOError, BrokenPipeError, ConnectionResetError):
-        pass  # nobody listens yet, or any more
 
 
 def _die_with(parent: int) -> None:
