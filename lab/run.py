@@ -139,7 +139,9 @@ class Lab:
         if self.icount:
             processors = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
         else:
-            processors = ["-accel", "tcg,thread=multi,tb-size=512", "-smp", "2"]
+            # One thread for both processors: with a thread each, code that one patches (static keys, at every start of a
+            # machine) is now and then still executed by the other as it was, and the host goes round in a breakpoint.
+            processors = ["-accel", "tcg,thread=single,tb-size=512", "-smp", "2"]
         words = [
             "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check",
             "rcupdate.rcu_expedited=1 audit=0 apparmor=0 nmi_watchdog=0 nowatchdog random.trust_cpu=on",
