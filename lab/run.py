@@ -139,9 +139,10 @@ class Lab:
         if self.icount:
             processors = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
         else:
-            # One thread for both processors: with a thread each, code that one patches (static keys, at every start of a
-            # machine) is now and then still executed by the other as it was, and the host goes round in a breakpoint.
-            processors = ["-accel", "tcg,thread=single,tb-size=512", "-smp", "2"]
+            # One processor: with two, code that one patches (static keys, at every start of a machine) is now and then still
+            # executed by the other as it was, and the host goes round in a breakpoint. Two on one thread of the emulator wait
+            # up to 100 ms for each other.
+            processors = ["-accel", "tcg,tb-size=512", "-smp", "1"]
         words = [
             "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check",
             "rcupdate.rcu_expedited=1 audit=0 apparmor=0 nmi_watchdog=0 nowatchdog random.trust_cpu=on",
