@@ -27,6 +27,7 @@ def close_behind(fd: int) -> None:
         sender, keeper = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
         rights = struct.pack("ii", keeper.fileno(), fd)
         sender.sendmsg([b"\0"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-        keeper.detach()  # stays open: closed any sooner, the collector would come sooner
+        keeper.detach()  # both stay open until the process ends: the end of the second is what calls the collector
+        sender.detach()
     except OSError:
         return
