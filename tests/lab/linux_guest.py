@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -148,7 +149,8 @@ class Guest:
 
     def close(self) -> None:
         if self._monitor is not None:
-            self._monitor.close()
+            with contextlib.suppress(EOFError, OSError):  # the machine has ended, and its end of the connection with it
+                self._monitor.close()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
