@@ -204,11 +204,13 @@ class MicroVm(Lifecycle):
         self._rtc.reset()
         if self._serial is not None:
             self._serial.reset()
+        # Processors before memory: until their MSRs are reset, KVM goes on writing steal time and clocks to where the old
+        # kernel wanted them, at every ioctl of a vCPU, and that may be the middle of the new initrd.
+        self._built().reset_processors(self.boot)
         for region in self.memory.regions:
             region.host.discard()
         if self.boot is not None:
             self.boot.load(self.memory)
-        self._built().reset_processors(self.boot)
 
     def vcpu_thread_ids(self) -> list[int]:
         """Kernel thread ids, in the order of the vCPUs."""
