@@ -179,7 +179,8 @@ def boot_lab(tests: str, share: Path, until: float) -> int:
     """
     progress = share / "progress"
     long = "STRATOVIRT_LAB_LONG=1 " if os.environ.get("LONG") else ""
-    inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short -o tmp_path_retention_policy=none"
+    inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short"
+    inside += " -o tmp_path_retention_policy=none"  # its /tmp is memory
     left = max(1.0, until - time.monotonic())
     command = [PYTHON, "-m", "lab.run", "--share", str(share), "--deadline", f"{left:.0f}", "--", inside]
     lab = subprocess.Popen(command, cwd=ROOT)
