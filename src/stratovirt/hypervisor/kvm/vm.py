@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from stratovirt.memory import RamRegion
 
+_PIC_IMR = 8 + 2  # struct kvm_irqchip { u32 chip_id, pad; struct kvm_pic_state { u8 last_irr, irr, imr, ...; }; }
+
 
 class IrqFd:
     """An edge-triggered interrupt line: one eventfd write is one interrupt. Thread: any."""
@@ -68,6 +70,12 @@ class KvmVm:
         except OSError as error:
             raise HostError.from_os("KVM_SET_TSS_ADDR", error) from error
         self._ioctl("KVM_CREATE_IRQCHIP", uapi.KVM_CREATE_IRQCHIP, 0)
+        # The PICs come up open, with vector base 0, and no firmware closes them here. A line that is raised before a kernel
+        # has taken them over, or in one that never does (hardware-reduced ACPI), would arrive as an exception.
+        for chip in (uapi.KVM_IRQCHIP_PIC_MASTER, uapi.KVM_IRQCHIP_PIC_SLAVE):
+            state = self.get_interrupt_chip(chip)
+            state[_PIC_IMR] = 0xFF
+            self.set_interrupt_chip(state)
 
     def create_timer(self) -> None:
         """The 8254 timer in the kernel, with a dummy speaker port."""
