@@ -114,6 +114,8 @@ class GuestConsole:
         letter = frame[:1]
         if frame == b"b":
             self.started = True
+            if self.status is None:  # a machine that is reset before its command has ended starts it again, and counts anew
+                self._received = dict.fromkeys(self._received, 0)
             return True
         if self.status is not None:
             return False
