@@ -29,7 +29,7 @@ Record = dict[str, object]
 
 
 def run(_count: int) -> None:
-    """Runs are the same to within a thousandth, so there are always few of them."""
+    """Few runs: the clock counts instructions, and the lines "spread of the runs" say how far they are apart."""
     report = Report("boot")
     report.say("guest kernel and initramfs (the kernel is built the first time)")
     names = ["microvm-elf", "microvm-initramfs"]
