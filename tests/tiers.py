@@ -202,7 +202,7 @@ def boot_lab(tests: str, share: Path, until: float) -> int:
     progress = share / "progress"
     long = "STRATOVIRT_LAB_LONG=1 " if os.environ.get("LONG") else ""
     inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short"
-    inside += " -o tmp_path_retention_policy=none"  # its /tmp is memory
+    inside += " -o tmp_path_retention_policy=failed"  # its /tmp is memory: what a passed test wrote goes at once
     left = max(1.0, until - time.monotonic())
     command = [PYTHON, "-m", "lab.run", "--share", str(share), "--deadline", f"{left:.0f}", "--", inside]
     lab = subprocess.Popen(command, cwd=ROOT)
