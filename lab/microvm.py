@@ -49,6 +49,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--memory", type=int, default=256, help="MiB")
     parser.add_argument("command", nargs="?", default="")
     options = parser.parse_args(arguments)
+    if not options.command and not sys.stdin.isatty():
+        from lab.script import standard_input
+
+        options.command = standard_input("run")
     if options.in_lab or not (options.here or can_run_linux()):
         return _in_lab(options)
     with tempfile.TemporaryDirectory(prefix="stratovirt-run-") as folder:
@@ -142,9 +146,9 @@ def _in_lab(options: argparse.Namespace) -> int:
     words += ["--kernel", options.kernel, "--smp", str(options.smp), "--memory", str(options.memory)]
     if options.command:
         words += ["--", options.command]
-    return lab_run.run(
-        "exec " + shlex.join(words) if options.command else shlex.join(words), deadline=3600 if options.command else 86400
-    )
+    if options.command:
+        return lab_run.run("exec " + shlex.join(words), deadline=3600)
+    return lab_run.run("exec " + shlex.join(words), deadline=86400, terminal=True)
 
 
 def _writer(descriptor: int) -> guest_console.Sink:

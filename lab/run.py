@@ -30,6 +30,7 @@ from guest import cache
 from guest.cpio import Archive
 
 from lab import host
+from lab.script import standard_input
 
 TREE = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
@@ -66,6 +67,8 @@ def main(arguments: list[str]) -> int:
         host.kernel(), host.host_initramfs()
         return 0
     command = " ".join(options.command)
+    if not command and not sys.stdin.isatty():
+        command = standard_input("lab")
     if options.share is not None and not options.share.is_dir():
         print(f"lab: --share {options.share}: not a directory", file=sys.stderr)
         return EXIT_LAB_FAILED
@@ -73,10 +76,17 @@ def main(arguments: list[str]) -> int:
 
 
 def run(
-    command: str | None, *, share: Path | None = None, deadline: float = 1800.0, icount: bool = False, memory: int = 3072
+    command: str | None,
+    *,
+    share: Path | None = None,
+    deadline: float = 1800.0,
+    icount: bool = False,
+    memory: int = 3072,
+    terminal: bool = False,
 ) -> int:
-    """Boot the lab, run `command` (or a shell on the terminal), power off; the exit status as in the module's docstring.
+    """Boot the lab, run `command` (None: a shell), power off; the exit status as in the module's docstring.
 
+    With `terminal`, and always for the shell, the command's streams are this terminal.
     One lab runs at a time on a machine: a second one waits, and its deadline counts from its own start.
     """
     kernel, initramfs = host.kernel(), host.host_initramfs()
@@ -84,8 +94,8 @@ def run(
         work = Path(folder)
         with open(work / "initrd", "wb") as initrd:
             initrd.write(initramfs.read_bytes())
-            initrd.write(_instructions(command, share is not None))
-        return Lab(work, kernel, share, icount, memory).run(command is None, deadline)
+            initrd.write(_instructions(command, share is not None, terminal or command is None))
+        return Lab(work, kernel, share, icount, memory).run(terminal or command is None, deadline)
 
 
 class Lab:
@@ -200,7 +210,7 @@ class Lab:
             print(f"lab:   {line}", file=sys.stderr)
 
 
-def _instructions(command: str | None, shared: bool) -> bytes:
+def _instructions(command: str | None, shared: bool, terminal: bool) -> bytes:
     """The archive that is appended to the initramfs: what to run and where."""
     size = shutil.get_terminal_size()
     settings = {
@@ -217,7 +227,7 @@ def _instructions(command: str | None, shared: bool) -> bytes:
     archive = Archive()
     archive.file("lab/settings", lines.encode())
     archive.file("lab/inside", (HERE / "inside").read_bytes())
-    if command is None:
+    if terminal:
         archive.file("lab/interactive", b"")
     archive.file("lab/cmd", (command if command is not None else "exec bash -i").encode() + b"\n")
     return archive.finish()
