@@ -20,6 +20,9 @@ _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MADV_DONTNEED = 4
 _MADV_REMOVE = 9
+_MADV_POPULATE_WRITE = 23
+_NR_MBIND = 237 if os.uname().machine == "x86_64" else 235
+_CLEAR_STEP = 1 << 20
 
 
 class _Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
@@ -42,27 +45,37 @@ class _CFunction(_ctypes.CFuncPtr):
 _libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is already loaded
 _libc_mmap = _CFunction(_ctypes.dlsym(_libc, "mmap"))
 _libc_madvise = _CFunction(_ctypes.dlsym(_libc, "madvise"))
+_libc_syscall = _CFunction(_ctypes.dlsym(_libc, "syscall"))
 _libc_ioctl = _CFunction(_ctypes.dlsym(_libc, "ioctl"))
 _MAP_FAILED = (1 << (8 * _ctypes.sizeof(_Word))) - 1
 
 
 class HostMapping:
-    """A private, zero-filled, lazily populated mapping of `size` bytes that guest RAM lives in.
+    """A lazily populated mapping of `size` bytes that guest RAM lives in: of nothing, and then private and zero-filled, or
+    of the file `fd` from `file_offset` on, `shared` with whoever else maps it or private to this process.
 
     `address` is where it starts in this process; `view` is the whole of it as writable bytes. Closed on process exit: a
-    guest may be running on it until then.
+    guest may be running on it until then. `fd` stays the caller's, and is kept here for those who pass it on. `page_size` is
+    what pages the host gives and takes back at least.
     Units: bytes. Raises: HostError when the host cannot map that much.
     """
 
-    __slots__ = ("_anchor", "_mapping", "address", "size", "view")
+    __slots__ = ("_anchor", "_mapping", "address", "fd", "file_offset", "page_size", "shared", "size", "view")
 
-    def __init__(self, size: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    def __init__(self, size: int, fd: int = -1, file_offset: int = 0, shared: bool = False, page_size: int = PAGE_SIZE) -> None:
+        flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+        if fd < 0:
+            # Of a file the pages are reserved: with too few huge pages this call fails, not the guest's first access.
+            flags |= mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
         try:
-            self._mapping = mmap.mmap(-1, size, flags=flags)
+            self._mapping = mmap.mmap(fd, size, flags=flags, offset=file_offset)
         except (OSError, OverflowError, ValueError) as error:
             errno = error.errno or 0 if isinstance(error, OSError) else 0
             raise HostError(f"cannot map {size >> 20} MiB of guest memory", errno, "ask for less with -m") from error
+        self.fd = fd
+        self.file_offset = file_offset
+        self.shared = shared
+        self.page_size = page_size
         self.size = size
         self.view = memoryview(self._mapping)
         self._anchor = _Byte.from_buffer(self._mapping)
@@ -71,9 +84,10 @@ class HostMapping:
     def map_file(self, offset: int, fd: int, file_offset: int, length: int) -> None:
         """Lay `length` bytes of a file over the mapping at `offset`, copy-on-write: the file is never written.
 
+        Only over memory that has no file of its own: others who map that would not see it, and huge pages cannot be split.
         Both offsets must be page-aligned; the tail of the last page beyond the end of the file reads as zero.
         """
-        if offset < 0 or length <= 0 or offset + length > self.size or (offset | file_offset) % PAGE_SIZE:
+        if offset < 0 or length <= 0 or offset + length > self.size or (offset | file_offset) % PAGE_SIZE or self.fd >= 0:
             raise ValueError(f"map_file: [{offset:#x}, +{length:#x}) from file offset {file_offset:#x}")
         result = _libc_mmap(_Word(self.address + offset), _Word(length), _Int(_PROT_READ_WRITE),
                             _Int(_MAP_PRIVATE | _MAP_FIXED), _Int(fd), _Word(file_offset))
@@ -81,16 +95,60 @@ class HostMapping:
             raise HostError("mmap of a file over guest memory", _ctypes.get_errno())
 
     def discard(self) -> None:
-        """Drop every anonymous page, so that it reads as zero again; file mappings return to the file's content."""
-        if _libc_madvise(_Word(self.address), _Word(self.size), _Int(_MADV_DONTNEED)) == _MAP_FAILED:
+        """Drop every page of this process's own: anonymous memory reads as zero again, a private mapping of a file as the
+        file. Shared memory becomes zero, in the file and for all who map it.
+        """
+        if self.shared:
+            self._remove()
+        elif _libc_madvise(_Word(self.address), _Word(self.size), _Int(_MADV_DONTNEED)) == _MAP_FAILED:
             raise HostError("madvise(MADV_DONTNEED) of guest memory", _ctypes.get_errno())
+
+    def _remove(self) -> None:
+        if _libc_madvise(_Word(self.address), _Word(self.size), _Int(_MADV_REMOVE)) != _MAP_FAILED:
+            return
+        errno = _ctypes.get_errno()
+        if errno not in (95, 38):  # EOPNOTSUPP, ENOSYS: not every file system can make holes
+            raise HostError("madvise(MADV_REMOVE) of guest memory", errno)
+        zeroes = bytes(_CLEAR_STEP)
+        for start in range(0, self.size, _CLEAR_STEP):
+            part = self.view[start : start + _CLEAR_STEP]
+            part[:] = zeroes[: len(part)]
+
+    def populate(self, offset: int, length: int) -> None:
+        """Have the host allocate these pages now; what is in them stays. Page-aligned. Thread: any, without the GIL.
+
+        Raises: HostError, also where touching the memory would have been a SIGBUS: no huge page left, file system full.
+        """
+        if _libc_madvise(_Word(self.address + offset), _Word(length), _Int(_MADV_POPULATE_WRITE)) != _MAP_FAILED:
+            return
+        errno = _ctypes.get_errno()
+        if errno != 22:
+            raise HostError(f"cannot allocate {length >> 20} MiB of guest memory", errno,
+                            "there is not that much memory, or too few huge pages, or the file system is full")
+        if self.fd >= 0:  # a kernel before Linux 5.14
+            try:
+                os.posix_fallocate(self.fd, self.file_offset + offset, length)
+            except OSError as error:
+                raise HostError.from_os(f"cannot allocate {length >> 20} MiB of guest memory", error) from error
+        view = self.view[offset : offset + length : PAGE_SIZE]
+        view[:] = bytes(view)
+
+    def bind(self, policy: int, nodes: tuple[int, ...]) -> None:
+        """Take the pages from these NUMA nodes of the host, by a policy of mbind(2). Raises: HostError."""
+        mask = 0
+        for node in nodes:
+            mask |= 1 << node
+        words = (_Word * 2)(mask & (1 << 64) - 1, mask >> 64)
+        if _libc_syscall(_Word(_NR_MBIND), _Word(self.address), _Word(self.size), _Word(policy),
+                         _Word(_ctypes.addressof(words)), _Word(129), _Word(0)) == _MAP_FAILED:
+            raise HostError("mbind of guest memory", _ctypes.get_errno())
 
     def dont_dump(self) -> None:
         """Leave guest memory out of core dumps (`dump-guest-core=off`)."""
         self._mapping.madvise(mmap.MADV_DONTDUMP)
 
 
-def release(view: memoryview, shared: bool = False) -> None:
+def release(view: memoryview, shared: bool = False, page_size: int = PAGE_SIZE) -> None:
     """Give the host back the pages that lie wholly in `view`, a part of a mapping; they read as zero when used again.
 
     Of a file mapping that is not `shared` they read as the file again. Raises: HostError.
@@ -98,7 +156,7 @@ def release(view: memoryview, shared: bool = False) -> None:
     if not len(view):
         return
     start = _ctypes.addressof(_Byte.from_buffer(view))
-    first, end = -(-start // PAGE_SIZE) * PAGE_SIZE, (start + len(view)) // PAGE_SIZE * PAGE_SIZE
+    first, end = -(-start // page_size) * page_size, (start + len(view)) // page_size * page_size
     if first < end:
         advice = _MADV_REMOVE if shared else _MADV_DONTNEED
         if _libc_madvise(_Word(first), _Word(end - first), _Int(advice)) == _MAP_FAILED:

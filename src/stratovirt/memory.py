@@ -15,15 +15,22 @@ from stratovirt.hostmap import HostMapping
 
 
 class RamRegion:
-    """One contiguous run of RAM: `base` .. `base + size` in guest-physical addresses, `host` behind it."""
+    """One contiguous run of RAM: `base` .. `base + size` in guest-physical addresses, `host` behind it.
 
-    __slots__ = ("base", "end", "host", "size", "u8", "u16", "u32", "u64")
+    `fd` and `fd_offset` are the file behind it, to be passed to a process that shall see it too when `shared` is true;
+    `fd` is -1 for anonymous memory.
+    """
+
+    __slots__ = ("base", "end", "fd", "fd_offset", "host", "shared", "size", "u8", "u16", "u32", "u64")
 
     def __init__(self, base: int, host: HostMapping) -> None:
         self.base = base
         self.size = host.size
         self.end = base + host.size
         self.host = host
+        self.fd = host.fd
+        self.fd_offset = host.file_offset
+        self.shared = host.shared
         self.u8 = host.view
         self.u16 = host.view.cast("H")
         self.u32 = host.view.cast("I")
@@ -40,6 +47,8 @@ class GuestMemory:
         self.regions = regions
         self._last = regions[0]
         self.size = sum(region.size for region in regions)
+        self.shared = regions[0].shared  # one file, or none, is behind all of them
+        self.page_size = regions[0].host.page_size
 
     def region(self, address: int, length: int) -> RamRegion:
         """The region that holds all of [address, address + length)."""

@@ -81,7 +81,7 @@ def launch(kernel: Callable[[bytes], str]) -> Iterator[Callable[..., Program]]:
     made: list[Program] = []
 
     def start(image: bytes | None, *arguments: str, serial: str = "stdio", prefix: tuple[str, ...] = ()) -> Program:
-        words = ["-machine", "microvm", "-m", "128"]
+        words = ["-m", "128", *([] if "-machine" in arguments else ["-machine", "microvm"])]
         if image is not None:
             words += ["-kernel", kernel(image)]
         if serial:
@@ -144,7 +144,8 @@ def machine(kernel: Callable[[bytes], str]) -> Iterator[Callable[..., Machine]]:
     interval, stack, handler = sys.getswitchinterval(), stack_size(), signal.getsignal(34)
 
     def build(image: bytes, *arguments: str) -> Machine:
-        built = Machine(["-machine", "microvm", "-m", "128", "-kernel", kernel(image), *arguments])
+        model = [] if "-machine" in arguments else ["-machine", "microvm"]
+        built = Machine([*model, "-m", "128", "-kernel", kernel(image), *arguments])
         made.append(built)
         return built
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kvm.guests import DATA, EAX, EBX, ECX, EDX, Asm
+from kvm.memories import KINDS, arguments
 from stratovirt.arch.x86_64 import layout
 
 REPORT = 0x510
@@ -109,7 +112,8 @@ def test_processor_registers(machine) -> None:
     assert boots[2] == boots[0]
 
 
-def test_memory(machine) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory(machine, tmp_path: Path, kind: str) -> None:
     """Zero where it was zero, the kernel as it is in its file, the firmware's tables as they were."""
     places = (0x500, 0x6000, 0x7000, 0x2_0000, 0x9_FC00, 0xD_0000, 0xE_0000, 0xE_0024, 0x10_0000, DATA, 0x700_0000, 0x7FF_F000)
     asm = begin()
@@ -120,7 +124,7 @@ def test_memory(machine) -> None:
             asm.store(place, 0x5555_5555)
     asm.store(0x10_0004, 0x9090_9090)
     report(asm.load_eax(0x10_0004))
-    boots = watched(machine, asm)
+    boots = watched(machine, asm, *arguments(kind, tmp_path))
     assert boots[0][-1] == 0x9090_9090
     assert boots[1] == boots[0]
     assert boots[2] == boots[0]

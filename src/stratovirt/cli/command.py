@@ -94,6 +94,8 @@ def _machine(config: VmConfig, values: list[str]) -> None:
     config.machine_type = machine.string("type")
     config.accel = _accelerator(machine)
     config.dump_guest_core = machine.boolean("dump-guest-core")
+    config.mem_share = machine.boolean("mem-share")
+    config.memory_backend = machine.optional_string("memory-backend") or ""
 
 
 def _accel(config: VmConfig, values: list[str]) -> None:
@@ -111,9 +113,18 @@ def _mod_test(config: VmConfig, values: list[str]) -> None:
 def _memory(config: VmConfig, values: list[str]) -> None:
     memory = read_group(options.MEMORY, values[0])
     config.memory_size = memory.integer("size")
+    config.memory_size_given = "size" in memory.given
     limit = memory.optional_integer("maxmem")
     if limit is not None and limit < config.memory_size:
         raise ConfigError("maxmem is less than size", option="-m", value=values[0], accepted="maxmem of at least size")
+
+
+def _mem_path(config: VmConfig, values: list[str]) -> None:
+    config.mem_path = str(read_value(_FILE, values[0], "-mem-path"))
+
+
+def _mem_prealloc(config: VmConfig, values: list[str]) -> None:
+    config.mem_prealloc = True
 
 
 def _smp(config: VmConfig, values: list[str]) -> None:
@@ -173,7 +184,11 @@ def _objects(config: VmConfig, values: list[str]) -> None:
     for text in values:
         group, rest = _choose(text, options.OBJECTS, "-object", "Unknown object type")
         backend = read_group(group, rest)
-        id = _new_id(backend, (*config.rng_backends, *config.iothreads), "-object")
+        id = _new_id(backend, (*config.rng_backends, *config.iothreads, *config.memory_backends), "-object")
+        kind = group.title.rpartition(" ")[2]
+        if kind.startswith("memory-backend-"):
+            config.memory_backends[id] = (kind[15:], backend)
+            continue
         if group is options.OBJECTS["iothread"]:
             config.iothreads.append(id)
             continue
@@ -274,7 +289,8 @@ def _log_file(config: VmConfig, values: list[str]) -> None:
 
 
 _IN_ORDER: tuple[tuple[str, Callable[[VmConfig, list[str]], None]], ...] = (
-    ("name", _name), ("machine", _machine), ("accel", _accel), ("mod-test", _mod_test), ("m", _memory), ("smp", _smp),
+    ("name", _name), ("machine", _machine), ("accel", _accel), ("mod-test", _mod_test), ("m", _memory),
+    ("mem-path", _mem_path), ("mem-prealloc", _mem_prealloc), ("smp", _smp),
     ("cpu", _cpu), ("kernel", _kernel), ("initrd", _initrd), ("append", _append), ("drive", _drives),
     ("object", _objects), ("netdev", _netdevs), ("chardev", _chardevs), ("device", _devices),
     ("qmp", _qmp), ("S", _freeze), ("freeze", _freeze), ("action", _action),

@@ -91,6 +91,10 @@ def check(config: VmConfig, serial: str, mon: str) -> None:
     if stdio_users and config.daemonize:
         raise ConfigError("Device redirected to stdio and daemonize can't be set together", option="-daemonize",
                           accepted="a serial port on a pty, file or socket")
+    if config.mem_share or config.mem_path or config.mem_prealloc or config.memory_backend or config.memory_backends:
+        from stratovirt.cli.ram import settle
+
+        settle(config)
     _check_devices(config)
     if len(config.drives) > 1:
         _check_images(config)

@@ -35,6 +35,8 @@ _DECLARED = (
     Option("cpu", ONE, "host", _MACHINE, "CPU model"),
     Option("smp", ONE, "[cpus=]N[,sockets=N…]", _MACHINE, "virtual CPUs, 1 to 254 (default 1)"),
     Option("m", ONE, "[size=]SIZE", _MACHINE, "memory, 128M to 512G (default 256M); a bare number counts MiB"),
+    Option("mem-path", ONE, "PATH", _MACHINE, "guest memory in this file, or in a temporary one in this directory (hugetlbfs)"),
+    Option("mem-prealloc", FLAG, "", _MACHINE, "allocate all memory at start"),
 
     Option("kernel", ONE, "FILE", _BOOT, "bzImage, ELF vmlinux or flat binary"),
     Option("initrd", ONE, "FILE", _BOOT, "initial RAM disk"),
@@ -80,8 +82,6 @@ _DECLARED = (
     Option("usb", OPTIONAL, "", "", _FOR_LIBVIRT, IGNORED),
     Option("display", OPTIONAL, "", "", "no display is built in", IGNORED),
 
-    Option("mem-path", ONE, "PATH", _LATER, "a file or hugetlbfs directory behind guest memory", NOT_YET),
-    Option("mem-prealloc", FLAG, "", _LATER, "touch all memory at start", NOT_YET),
     Option("incoming", ONE, "file:DIR|unix:PATH|tcp:IP:PORT", _LATER, "restore a snapshot or receive a migration", NOT_YET),
     Option("numa", MANY, "node,…|dist,…", _LATER, "NUMA nodes and distances", NOT_YET),
     Option("global", MANY, "DRIVER.KEY=VALUE", _LATER, "a default for a kind of device", NOT_YET),

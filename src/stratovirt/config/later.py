@@ -13,11 +13,9 @@ from stratovirt.config.schema import (
     Choice,
     Group,
     Int,
-    IntList,
     Key,
     Path,
     PowerOfTwo,
-    Size,
     StrictBool,
     String,
 )
@@ -34,22 +32,7 @@ NETDEVS = {
     ), works=False),
 }
 
-_MEMORY_BACKEND = (
-    _ID,
-    Key("size", Size(1), "bytes", required=True),
-    Key("host-nodes", IntList(128), "NUMA nodes of the host"),
-    Key("policy", Choice("default", "preferred", "bind", "interleave"), "how they are used", "default"),
-    Key("dump-guest-core", _BOOL, "let it be part of a core dump", True),
-    Key("mem-prealloc", _BOOL, "touch all of it at start", False),
-)
 OBJECTS = {
-    "memory-backend-ram": Group("-object memory-backend-ram", "anonymous memory", (
-        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", False)), works=False),
-    "memory-backend-memfd": Group("-object memory-backend-memfd", "memory in a memfd", (
-        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", True)), works=False),
-    "memory-backend-file": Group("-object memory-backend-file", "memory in a file", (
-        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", True),
-        Key("mem-path", Path(), "the file or hugetlbfs directory", required=True)), works=False),
     "tls-creds-x509": Group("-object tls-creds-x509", "certificates for VNC", (
         _ID,
         Key("dir", Path(), "directory of the certificates", required=True),
@@ -91,7 +74,6 @@ OTHER_DEVICES = (
 
 # Options that take a single value with a kind of their own.
 VALUES = {
-    "mem-path": Key("mem-path", Path(), ""),
     "hardware-signature": Key("hardware-signature", Int(0, U32_MAX), ""),
     "windows_emu_pid": Key("windows_emu_pid", Int(1, U64_MAX), ""),
 }

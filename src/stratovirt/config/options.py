@@ -32,6 +32,7 @@ from stratovirt.config.schema import (
 MAX_CPUS = 254
 MIN_MEMORY = 128 * MIB
 MAX_MEMORY = 512 * GIB
+MEMORY_GRANULE = 4096
 MAX_QUEUES = 32
 MAX_IOTHREADS = 8
 SERIAL_NUMBER_SIZE = 20
@@ -48,7 +49,8 @@ MACHINE = Group("-machine", "the machine model and what holds for all of it", fi
     Key("type", Choice("none", "microvm", "q35", "virt", fold=True), "machine model", "microvm", works=("microvm",)),
     Key("accel", _ACCEL, "kvm, or test: devices driven through -mod-test; kvm:tcg is taken as kvm", "kvm"),
     Key("dump-guest-core", _BOOL, "let guest memory be part of a core dump", True, aliases=("dump_guest_core",)),
-    Key("mem-share", _BOOL, "guest memory that another process can map", False, works=(False,)),
+    Key("mem-share", _BOOL, "guest memory that another process can map", False),
+    Key("memory-backend", _STRING, "the id of the -object memory-backend-… that is the guest's memory; QEMU's key"),
     Key("usb", _BOOL, "a USB controller", False, works=(False,), refusal="this machine has no USB controller"),
 ))
 
@@ -160,7 +162,22 @@ NETDEVS = {
     )),
 }
 
+_MEMORY_BACKEND = (
+    _ID,
+    Key("size", Size(1), "bytes; the machine's memory has to be as large", required=True),
+    Key("host-nodes", IntList(128), "NUMA nodes of the host"),
+    Key("policy", Choice("default", "preferred", "bind", "interleave"), "how they are used", "default"),
+    Key("dump-guest-core", _BOOL, "let it be part of a core dump", True),
+    Key("mem-prealloc", _BOOL, "allocate all of it at start", False, aliases=("prealloc",)),
+)
 OBJECTS = {
+    "memory-backend-ram": Group("-object memory-backend-ram", "anonymous memory", (
+        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", False))),
+    "memory-backend-memfd": Group("-object memory-backend-memfd", "memory in a memfd", (
+        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", True))),
+    "memory-backend-file": Group("-object memory-backend-file", "memory in a file", (
+        *_MEMORY_BACKEND, Key("share", _BOOL, "can be mapped by others", True),
+        Key("mem-path", Path(), "the file, or a directory (of hugetlbfs, for example) for a temporary one", required=True))),
     "iothread": Group("-object iothread", "a thread for devices; at most 8", (_ID,)),
     "rng-random": Group("-object rng-random", "a source of random bytes on the host", (
         _ID,

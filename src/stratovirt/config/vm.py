@@ -88,6 +88,26 @@ class NetdevConfig:
         self.fd = fd
 
 
+class RamConfig:
+    """What guest memory is made of, other than anonymous private memory. `kind` is ram, memfd or file.
+
+    `option` is what an error about `path` names. `policy` is a NUMA policy of the host over `host_nodes`.
+    """
+
+    __slots__ = ("host_nodes", "id", "kind", "option", "path", "policy", "prealloc", "share")
+
+    def __init__(self, kind: str, *, id: str = "", path: str = "", share: bool = False, prealloc: bool = False,
+                 host_nodes: tuple[int, ...] = (), policy: str = "default", option: str = "-mem-path") -> None:
+        self.kind = kind
+        self.id = id
+        self.path = path
+        self.share = share
+        self.prealloc = prealloc
+        self.host_nodes = host_nodes
+        self.policy = policy
+        self.option = option
+
+
 class DeviceConfig:
     """One `-device`: the driver's name, its id and its validated options."""
 
@@ -116,7 +136,8 @@ class VmConfig:
 
     __slots__ = (
         "accel", "chardevs", "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
-        "kernel_cmdline", "log_file", "machine_type", "memory_size", "mod_test", "name", "netdevs", "pidfile", "qmp",
+        "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
+        "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
         "reboot_action", "rng_backends", "serial", "smp",
     )
 
@@ -128,6 +149,13 @@ class VmConfig:
         self.dump_guest_core = True
         self.smp = SmpConfig()
         self.memory_size = 256 * MIB
+        self.memory_size_given = False
+        self.mem_share = False
+        self.mem_path = ""
+        self.mem_prealloc = False
+        self.memory_backend = ""  # the id of the one that is the machine's RAM
+        self.memory_backends: dict[str, tuple[str, OptionValues]] = {}  # ram, memfd or file, and its keys
+        self.ram: RamConfig | None = None  # what the five above come to; None: anonymous and private
         self.kernel = ""
         self.initrd = ""
         self.kernel_cmdline = ""

@@ -1,7 +1,8 @@
 """What a guest finds in memory and registers when it starts: kernel, initrd, boot parameters and firmware tables.
 
 The kernel file is mapped, not read: whole pages of its segments lie copy-on-write in guest RAM, and only the odd ends are
-copied. Everything is put in place again by `load` after a reset.
+copied. Memory that is a file itself (`mem-share`, `-mem-path`) is read into instead. Everything is put in place again by
+`load` after a reset.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from stratovirt.arch.x86_64.layout import Slot
     from stratovirt.config.vm import VmConfig
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
+    from stratovirt.loader.image import Segment
     from stratovirt.memory import GuestMemory
 
 
@@ -96,6 +98,9 @@ class Boot:
     def load(self, memory: GuestMemory) -> None:
         """Put everything into RAM, which is zero or holds an earlier load. Thread: main, while no vCPU runs."""
         for segment in self.kernel.segments:
+            if memory.region(segment.address, segment.memory_size).fd >= 0:
+                self._read_segment(memory, segment)
+                continue
             parts = page_parts(segment)
             if parts.mapped is not None:
                 self._map(memory, self._kernel_file, *parts.mapped)
@@ -103,7 +108,8 @@ class Boot:
                 self._kernel_file.read_into(memory.slice(address, length), offset)
         if self._initrd_file is not None:
             address, size = self._initrd_at
-            whole = size & -PAGE_SIZE
+            # Memory with a file of its own is shared with those who would not see a mapping of this process.
+            whole = size & -PAGE_SIZE if memory.region(address, size).fd < 0 else 0
             if whole:
                 self._map(memory, self._initrd_file, 0, address, whole)
             if size > whole:
@@ -120,6 +126,12 @@ class Boot:
                 memory.write(address, data)
         for address, data in boot_params.descriptor_tables():
             memory.write(address, data)
+
+    def _read_segment(self, memory: GuestMemory, segment: Segment) -> None:
+        """Copy a segment into memory that has a file of its own, which may not have been empty."""
+        view = memory.slice(segment.address, segment.memory_size)
+        self._kernel_file.read_into(view[: segment.file_size], segment.file_offset)
+        view[segment.file_size :] = bytes(segment.memory_size - segment.file_size)
 
     @staticmethod
     def _map(memory: GuestMemory, file: BootFile, offset: int, address: int, length: int) -> None:

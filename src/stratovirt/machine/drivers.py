@@ -124,7 +124,7 @@ def _create_balloon(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
 
     around.balloon = VirtioBalloon(
         around.memory, around.loop, around.on_balloon, deflate_on_oom=device.options.boolean("deflate-on-oom"),
-        reporting=device.options.boolean("free-page-reporting"), on_error=_reporter(device.id))
+        reporting=device.options.boolean("free-page-reporting"), shared=around.memory.shared, on_error=_reporter(device.id))
     return around.balloon
 
 

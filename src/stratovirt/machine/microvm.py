@@ -6,6 +6,7 @@ memory slot costs 70 times as much afterwards), interrupt chips before vCPUs and
 
 from __future__ import annotations
 
+import os
 import time
 
 from stratovirt import log
@@ -130,17 +131,24 @@ class MicroVm(Lifecycle):
             self.iothreads[id] = iothread
 
     def _create_memory(self) -> GuestMemory:
-        regions: list[RamRegion] = []
-        for base, size in layout.ram_ranges(self.config.memory_size):
+        config = self.config
+        ranges = layout.ram_ranges(config.memory_size)
+        for id in config.memory_backends:
+            if id != config.memory_backend:
+                log.warn(f"-object id={id}: this memory is not used, -machine memory-backend={id} is missing")
+        if config.ram is None:
             try:
-                host = HostMapping(size)
+                regions = [RamRegion(base, HostMapping(size)) for base, size in ranges]
             except HostError as error:
-                raise ConfigError(str(error), option="-m", value=f"{self.config.memory_size >> 20}M") from error
-            if not self.config.dump_guest_core:
-                host.dont_dump()
-            region = RamRegion(base, host)
+                raise ConfigError(str(error), option="-m", value=f"{config.memory_size >> 20}M") from error
+        else:
+            from stratovirt.machine.ram import create_regions
+
+            regions = create_regions(config.ram, ranges, min(os.cpu_count() or 1, config.smp.cpus))
+        for region in regions:
+            if not config.dump_guest_core:
+                region.host.dont_dump()
             self.vm.add_memory(region)
-            regions.append(region)
         return GuestMemory(regions)
 
     # -- legacy devices

@@ -141,7 +141,7 @@ class VirtioBalloon(VirtioDevice):
 
     def _release(self, view: memoryview) -> None:
         try:
-            release(view, self._shared)
+            release(view, self._shared, self._memory.page_size)
             self.released += len(view)
         except HostError as error:
             if self._on_error is not None:
