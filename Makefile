@@ -16,8 +16,8 @@ unexport CMD
 
 help:
 	@echo "make run [CMD='…']               a microVM: a shell in it, or one command's output"
-	@echo "make lab [CMD='…'] [SHARE=dir] [ICOUNT=1] [DEADLINE=seconds]"
-	@echo "                                the emulated x86_64 host: a shell in it, or one command's output"
+	@echo "make lab [CMD='…'] [ARCH=aarch64] [SHARE=dir] [ICOUNT=1] [DEADLINE=seconds]"
+	@echo "                                the emulated host, x86_64 or arm64: a shell in it, or one command's output"
 	@echo "make test [TIER=unit|kvm|lab-x86|fuzz] [LONG=1]"
 	@echo "                                checks and tests; all tiers, or one; LONG=1: the long ones, too"
 	@echo "make bench [BENCH=name]          side-by-side measurements, as JSON lines"
@@ -28,7 +28,7 @@ run:
 	@lab/stratovirt-run
 
 lab:
-	@SHARE='$(SHARE)' ICOUNT='$(ICOUNT)' DEADLINE='$(DEADLINE)' lab/lab
+	@ARCH='$(ARCH)' SHARE='$(SHARE)' ICOUNT='$(ICOUNT)' DEADLINE='$(DEADLINE)' lab/lab
 
 test:
 	@lab/setup.sh base test venv

@@ -1,7 +1,9 @@
-"""All guest assets by name: `python -m guest.assets NAME...` builds what is missing and prints one path a line."""
+"""All guest assets by name: `python -m guest.assets [--arch=ARCH] NAME...` builds what is missing, prints one path a line."""
 
 from __future__ import annotations
 
+import gzip
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,9 @@ from pathlib import Path
 from guest import bzimage, cache, debian, initramfs, microvm_kernel, vsockcat
 
 CLOUD_PACKAGE = "linux-image-cloud-amd64"
+ARM64_PACKAGE = "linux-image-cloud-arm64"
+ARM64 = "arm64"  # Debian's name of aarch64
+ARM64_COMPILER = "aarch64-linux-gnu-gcc"
 
 
 def stock_package() -> Path:
@@ -52,7 +57,33 @@ def microvm_flat() -> Path:
     return microvm_kernel.folder() / "vmlinux.bin"
 
 
-NAMES: dict[str, Callable[[], Path]] = {
+def arm64_image() -> Path:
+    """Debian's cloud kernel for arm64 as it is shipped: an Image with an EFI stub."""
+    return next((debian.tree(ARM64_PACKAGE, ARM64) / "boot").glob("vmlinuz-*"))
+
+
+def arm64_image_gz() -> Path:
+    """The same, packed with gzip."""
+    image = arm64_image()
+
+    def build(target: Path) -> None:
+        (target / "Image.gz").write_bytes(gzip.compress(image.read_bytes(), 6, mtime=0))
+
+    inputs: dict[str, str | bytes] = {"package": image.parent.parent.name, "recipe": "1"}
+    return cache.entry("stock-image-gz", inputs, build) / "Image.gz"
+
+
+def arm64_initramfs() -> Path:
+    """busybox, init and the virtio and ext4 modules of the arm64 cloud kernel."""
+    return initramfs.stock(debian.tree(ARM64_PACKAGE, ARM64), "stock-arm64", ARM64)
+
+
+def arm64_vsockcat() -> Path:
+    """vsockcat for arm64: made with a cross compiler."""
+    return vsockcat.disk(ARM64_COMPILER)
+
+
+X86_64: dict[str, Callable[[], Path]] = {
     "stock-bzimage": stock_bzimage,
     "stock-elf": stock_elf,
     "stock-initramfs": stock_initramfs,
@@ -63,16 +94,29 @@ NAMES: dict[str, Callable[[], Path]] = {
     "root-disk": initramfs.root_disk,
     "vsockcat": vsockcat.disk,
 }
+AARCH64: dict[str, Callable[[], Path]] = {
+    "stock-image": arm64_image,
+    "stock-image-gz": arm64_image_gz,
+    "stock-initramfs": arm64_initramfs,
+    "root-disk": lambda: initramfs.root_disk(architecture=ARM64),
+    "vsockcat": arm64_vsockcat,
+}
+# By the name that Linux has for an architecture: what guests of that architecture are made of.
+ASSETS = {"x86_64": X86_64, "aarch64": AARCH64}
+NAMES = ASSETS.get(platform.machine(), X86_64)
 
 
 def main(arguments: list[str]) -> int:
-    unknown = [name for name in arguments if name not in NAMES]
+    names = NAMES
+    if arguments and arguments[0].startswith("--arch="):
+        names = ASSETS[arguments.pop(0).removeprefix("--arch=")]
+    unknown = [name for name in arguments if name not in names]
     if unknown or not arguments:
-        for name, make in NAMES.items():
-            print(f"{name:20}{(make.__doc__ or '').splitlines()[0]}", file=sys.stderr)
+        for name, make in names.items():
+            print(f"{name:20}{(make.__doc__ or '').partition(chr(10))[0]}", file=sys.stderr)
         return 1
     for name in arguments:
-        print(NAMES[name]())
+        print(names[name]())
     return 0
 
 

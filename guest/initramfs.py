@@ -31,20 +31,30 @@ DEVICE_MODULES = (
 )
 
 
-def busybox() -> Path:
-    """Debian's static busybox: the installed one, else the package's."""
+def busybox(architecture: str = "") -> Path:
+    """Debian's static busybox: the installed one, else the package's. `architecture` as for `debian.tree`."""
     own = Path("/bin/busybox")
-    if debian.installed_version("busybox-static") and own.exists():
+    if not architecture and debian.installed_version("busybox-static") and own.exists():
         return own
-    return debian.tree("busybox-static") / "bin" / "busybox"
+    return debian.tree("busybox-static", architecture) / "bin" / "busybox"
 
 
-def add_busybox(archive: Archive) -> None:
+def applets(binary: Path) -> list[str]:
+    """The applets of a busybox, which need not run on this machine: the table of their names in its read-only data.
+
+    The names are sorted and end with a NUL each; `[` and `[[` are always the first, and an empty name ends the table.
+    """
+    found = re.search(rb"\0(\[\0\[\[\0(?:[a-z0-9_.+-]+\0)+)\0", binary.read_bytes())
+    if found is None:
+        raise ValueError(f"{binary} has no table of applets: is it a busybox?")
+    return found[1].decode("ascii").rstrip("\0").split("\0")
+
+
+def add_busybox(archive: Archive, architecture: str = "") -> None:
     """busybox and a link for each of its applets, and the directories a system expects."""
-    binary = busybox()
+    binary = busybox(architecture)
     archive.file("bin/busybox", binary.read_bytes(), 0o755)
-    applets = subprocess.run([str(binary), "--list"], capture_output=True, text=True, check=True).stdout.split()
-    for applet in applets:
+    for applet in applets(binary):
         if applet != "busybox":
             archive.symlink(f"bin/{applet}", "busybox")
     for folder in ("dev", "proc", "sys", "run", "mnt", "root", "etc", "lib", "usr/bin", "usr/sbin", "sbin"):
@@ -88,38 +98,38 @@ def add_modules(archive: Archive, modules: Path, wanted: tuple[str, ...]) -> lis
     return [f"/{base}/{path}" for path in chosen]
 
 
-def stock(kernel: Path, flavour: str) -> Path:
+def stock(kernel: Path, flavour: str, architecture: str = "") -> Path:
     """The initramfs for a stock kernel whose unpacked package is `kernel`: busybox, init, virtio and ext4 modules."""
     modules = next((kernel / "lib" / "modules").iterdir())
 
     def build(target: Path) -> None:
         archive = Archive()
-        _add_system(archive)
+        _add_system(archive, architecture)
         add_modules(archive, modules, (*BUS_MODULES, *DEVICE_MODULES))
         archive.file("lib/modules/bus", (" ".join(BUS_MODULES) + "\n").encode())
         (target / "initramfs.cpio").write_bytes(archive.finish())
 
-    inputs = {**_inputs(), "kernel": kernel.name, "modules": " ".join((*BUS_MODULES, *DEVICE_MODULES))}
+    inputs = {**_inputs(architecture), "kernel": kernel.name, "modules": " ".join((*BUS_MODULES, *DEVICE_MODULES))}
     return cache.entry(f"initramfs.{flavour}", inputs, build) / "initramfs.cpio"
 
 
-def small() -> Path:
+def small(architecture: str = "") -> Path:
     """The initramfs for a kernel that has all drivers built in: busybox and init alone."""
 
     def build(target: Path) -> None:
         archive = Archive()
-        _add_system(archive)
+        _add_system(archive, architecture)
         (target / "initramfs.cpio").write_bytes(archive.finish())
 
-    return cache.entry("initramfs.microvm", _inputs(), build) / "initramfs.cpio"
+    return cache.entry("initramfs.microvm", _inputs(architecture), build) / "initramfs.cpio"
 
 
-def root_disk(mebibytes: int = 64) -> Path:
+def root_disk(mebibytes: int = 64, architecture: str = "") -> Path:
     """An ext4 disk image with the same system (`root=/dev/vda init=/init`). Shared: copy it before writing to it."""
 
     def build(target: Path) -> None:
         archive = Archive()
-        _add_system(archive, device_nodes=False)  # the kernel mounts /dev itself; making nodes needs root
+        _add_system(archive, architecture, device_nodes=False)  # the kernel mounts /dev itself; making nodes needs root
         with tempfile.TemporaryDirectory(dir=target) as folder:
             subprocess.run(
                 [str(busybox()), "cpio", "-i", "-d"], input=archive.finish(), cwd=folder, check=True, stderr=subprocess.DEVNULL
@@ -134,23 +144,23 @@ def root_disk(mebibytes: int = 64) -> Path:
             with open(image, "r+b") as file:
                 file.write(b"stratovirt disk\n")
 
-    inputs = {**_inputs(), "size": str(mebibytes), "layout": "1"}
+    inputs = {**_inputs(architecture), "size": str(mebibytes), "layout": "1"}
     return cache.entry("rootfs", inputs, build) / "rootfs.ext4"
 
 
-def _add_system(archive: Archive, *, device_nodes: bool = True) -> None:
+def _add_system(archive: Archive, architecture: str, *, device_nodes: bool = True) -> None:
     archive.file("init", (HERE / "init").read_bytes(), 0o755)
-    archive.file("sbin/bootport", bootport.program(), 0o755)
-    add_busybox(archive)
+    archive.file("sbin/bootport", bootport.program() if not architecture else bootport.arm64_program(), 0o755)
+    add_busybox(archive, architecture)
     if device_nodes:
         archive.character_device("dev/console", 5, 1)
         archive.character_device("dev/null", 1, 3, 0o666)
 
 
-def _inputs() -> dict[str, str | bytes]:
+def _inputs(architecture: str) -> dict[str, str | bytes]:
     sources = ("init", "bootport.py", "cpio.py", "initramfs.py")
     contents: dict[str, str | bytes] = {name: (HERE / name).read_bytes() for name in sources}
-    contents["busybox"] = busybox().read_bytes()
+    contents["busybox"] = busybox(architecture).read_bytes()
     return contents
 
 

@@ -11,13 +11,16 @@ SOURCE = Path(__file__).with_suffix(".c")
 SECTOR = 512
 
 
-def disk() -> Path:
+def disk(compiler: str = "gcc") -> Path:
     """The executable, padded to whole sectors: given to a guest as a disk, `cp /dev/vda /tmp/vsockcat` makes it a program."""
 
     def build(target: Path) -> None:
         program = target / "vsockcat"
-        subprocess.run(["gcc", "-static", "-Os", "-s", "-Wall", "-Werror", "-o", str(program), str(SOURCE)], check=True)
+        subprocess.run([compiler, "-static", "-Os", "-s", "-Wall", "-Werror", "-o", str(program), str(SOURCE)], check=True)
         with open(program, "ab") as file:
             file.write(bytes(-file.tell() % SECTOR))
 
-    return cache.entry("vsockcat", {"source": SOURCE.read_bytes(), "recipe": "1"}, build) / "vsockcat"
+    return (
+        cache.entry("vsockcat", {"source": SOURCE.read_bytes(), "recipe": "1" + compiler.removesuffix("gcc")}, build)
+        / "vsockcat"
+    )

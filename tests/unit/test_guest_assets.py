@@ -181,3 +181,19 @@ def test_lines_of_a_fragment_that_had_no_effect_are_found() -> None:
     fragment = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=3\n# words\nCONFIG_D=y\n"
     assert unmet(fragment, "CONFIG_A=y\nCONFIG_C=3\nCONFIG_D=y\n") == []
     assert unmet(fragment, "CONFIG_A=m\nCONFIG_B=y\nCONFIG_D=y\n") == ["CONFIG_A=y", "CONFIG_B=n", "CONFIG_C=3"]
+
+
+def test_the_applets_of_a_busybox_are_read_from_its_table() -> None:
+    from guest import initramfs
+
+    names = [b"[", b"[[", b"acpid", b"cat", b"run-parts", b"xz_2.0+x"]
+    program = ELF + b"zz\0" + b"".join(name + b"\0" for name in names) + b"\0" + ELF
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"busybox.{os.getpid()}"
+    path.write_bytes(program)
+    try:
+        assert initramfs.applets(path) == [name.decode() for name in names]
+        path.write_bytes(ELF)
+        with pytest.raises(ValueError, match="table of applets"):
+            initramfs.applets(path)
+    finally:
+        path.unlink()
