@@ -228,7 +228,7 @@ def test_a_disk_that_hangs_does_not_hold_a_reset_for_ever(held: Disk, monkeypatc
     assert held.command(IN, 1, room=512)[0] == OK
 
 
-def test_known_defect_06_pause_waits_and_begins_nothing_until_resume(held: Disk) -> None:
+def test_pause_waits_and_begins_nothing_until_resume(held: Disk) -> None:
     held.image.gate.set()
     held.put(IN, 1, room=512, number=0)
     held.write(0x050, 0)
@@ -258,7 +258,7 @@ def test_what_was_on_the_way_comes_back_when_the_driver_breaks_the_device(held: 
     assert sorted(held.wait(2)) == sorted([(bad, 0), (first, 513)])
 
 
-def test_known_defect_06_an_image_is_replaced_after_the_last_request_to_it(held: Disk, tmp_path: Path) -> None:
+def test_an_image_is_replaced_after_the_last_request_to_it(held: Disk, tmp_path: Path) -> None:
     held.put(OUT, 1, b"o" * 512)
     held.write(0x050, 0)
     held.loop.run_once(1.0)

@@ -223,7 +223,7 @@ def test_nothing_is_read_before_the_guest_opens_the_port(driver: ConsoleDriver) 
     assert driver.received(AGENT_RX, addresses) == b"early"
 
 
-def test_known_defect_04_a_guest_without_buffers_pauses_the_client(driver: ConsoleDriver) -> None:
+def test_a_guest_without_buffers_pauses_the_client(driver: ConsoleDriver) -> None:
     """What the device has read beyond the guest's buffers is at most one read; the rest stays in the socket."""
     driver.start_driver()
     driver.open(2)
@@ -367,7 +367,7 @@ def test_control_messages_of_no_sense_are_passed_over(driver: ConsoleDriver) -> 
     assert not driver.status & NEEDS_RESET
 
 
-def test_known_defect_24_messages_to_a_guest_that_takes_none_do_not_pile_up(driver: ConsoleDriver) -> None:
+def test_messages_to_a_guest_that_takes_none_do_not_pile_up(driver: ConsoleDriver) -> None:
     driver.start_driver()
     for _ in range(20):
         for number in range(30):

@@ -86,7 +86,7 @@ def test_what_the_driver_writes_is_in_the_image_when_the_disk_is_out(board):
     assert Path(path).read_bytes()[2 * SECTOR : 3 * SECTOR] == b"x" * SECTOR
 
 
-def test_known_defect_06_requests_on_their_way_end_before_the_disk_is_out(board):
+def test_requests_on_their_way_end_before_the_disk_is_out(board):
     driver = board.drivers[2]
     queue = driver.start()
     path = board.image("disk", 64)

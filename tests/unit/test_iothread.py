@@ -111,10 +111,11 @@ def test_resets_from_another_thread_while_frames_arrive() -> None:
     net = Interface()
     thread = IoThread("io0", no_failure)
     # the interface's loop becomes the iothread's: moved there before the thread starts
-    net.loop.remove(net.tap.fd)
+    pair = net.device.pairs[0]
+    pair.receiver.detach()
     net.loop.close()
-    net.loop = net.driver.loop = net.device._loop = thread.loop
-    thread.loop.add(net.tap.fd, 0, net.device._on_tap)
+    net.loop = net.driver.loop = net.device._loop = pair.receiver.loop = pair.sender.loop = thread.loop
+    pair.receiver.attach(net.tap)
     for index, fd in enumerate(net.driver.transport.notify_fds):
         thread.loop.add(fd, READ, net._notifier(index))
     thread.start()

@@ -146,13 +146,6 @@ def test_every_program_header_pointing_at_the_same_huge_notes_ends_soon():
     assert "more than 1024 notes" in refusal(header + headers + notes)
 
 
-def test_a_segment_of_zeroes_may_lie_anywhere_in_the_file():
-    whole = bytearray(elf([Load(b"A", MIB), Load(b"", 2 * MIB, memory_size=4096)], entry=MIB, notes=xen_note(MIB)))
-    struct.pack_into("<Q", whole, EHDR_SIZE + 2 * 56 + 8, 1 << 63)
-    segment = identify(bytes(whole)).segments[1]
-    assert (segment.file_offset, segment.file_size, segment.memory_size) == (0, 0, 4096)
-
-
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_mutated_headers_raise_nothing_but_config_errors(data):

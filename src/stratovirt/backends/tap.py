@@ -29,6 +29,8 @@ TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 TUNGETIFF = 0x800454D2
 TUNSETVNETHDRSZ = 0x400454D8
+TUNSETQUEUE = 0x400454D9
+IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE = 0x0200, 0x0400
 TUN_F_CSUM = 0x01
 TUN_F_TSO4 = 0x02
 TUN_F_TSO6 = 0x04
@@ -60,6 +62,13 @@ class Tap:
             fcntl.ioctl(self.fd, TUNSETOFFLOAD, flags)
         except OSError as error:
             raise self._failed("TUNSETOFFLOAD", error) from error
+
+    def enable(self, on: bool) -> None:
+        """Let the kernel steer frames to this queue of a multi-queue tap, or not. Raises: HostError, TapGoneError."""
+        try:
+            fcntl.ioctl(self.fd, TUNSETQUEUE, _IFREQ.pack(b"", IFF_ATTACH_QUEUE if on else IFF_DETACH_QUEUE))
+        except OSError as error:
+            raise self._failed("TUNSETQUEUE", error) from error
 
     def read(self, views: list[memoryview]) -> int:
         """Header and frame into `views`; the bytes in all, 0 when none is waiting. Raises: HostError, TapGoneError."""

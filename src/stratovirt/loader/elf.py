@@ -111,8 +111,7 @@ def _segment(header: Header, size: int, path: str) -> Segment:
                            f"{p_offset + p_filesz:#x}, the file at {size:#x}")
     if p_paddr + p_memsz > _MAX_ADDRESS or p_vaddr + p_memsz > _MAX_ADDRESS:
         raise refuse(path, f"the ELF segment at {p_paddr:#x} runs past the end of the address space")
-    # Where a segment of zeroes alone would lie in the file means nothing, and may be anything.
-    return Segment(p_offset if p_filesz else 0, p_filesz, p_paddr, p_memsz)
+    return Segment(p_offset, p_filesz, p_paddr, p_memsz)
 
 
 def _physical_entry(e_entry: int, headers: list[Header], path: str) -> int:

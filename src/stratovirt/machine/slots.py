@@ -78,7 +78,7 @@ def plug(device: VirtioDevice, id: str, slot: Slot, vm: Wiring, memory: GuestMem
             vm.add_ioeventfd(fd, base + QUEUE_NOTIFY, 4, index)
     for index, fd in enumerate(transport.notify_fds):
         if index not in device.external_queues:
-            loop.add(fd, READ, _notifier(transport, index))
+            (device.loop_of(index) or loop).add(fd, READ, _notifier(transport, index))
     return OccupiedSlot(id, slot, device, transport)
 
 

@@ -100,6 +100,12 @@ class KernelVhost:
         self.call("VHOST_SET_VRING_CALL", uapi.VHOST_SET_VRING_CALL, struct.pack("<Ii", index, call_fd))
         self.call("VHOST_SET_VRING_KICK", uapi.VHOST_SET_VRING_KICK, struct.pack("<Ii", index, kick_fd))
 
+    def ring_base(self, index: int) -> int:
+        """The index of the available ring that a stopped ring would serve next."""
+        argument = bytearray(struct.pack("<II", index, 0))
+        self.call("VHOST_GET_VRING_BASE", uapi.VHOST_GET_VRING_BASE, argument)
+        return int(struct.unpack("<II", argument)[1]) & 0xFFFF
+
     def _translate(self, address: int, length: int) -> int:
         region = self.memory.region(address, length)
         return region.host.address + (address - region.base)

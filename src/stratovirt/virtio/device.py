@@ -21,9 +21,17 @@ from stratovirt.errors import GuestError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import TracebackType
     from typing import Protocol
 
+    from stratovirt.loop import EventLoop
     from stratovirt.virtio.queue import Chain, Virtqueue
+
+    class Lock(Protocol):
+        def __enter__(self) -> bool: ...
+
+        def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+                     /) -> None: ...
 
     class Transport(Protocol):
         @property
@@ -38,6 +46,9 @@ if TYPE_CHECKING:
 
         def needs_reset(self, error: GuestError) -> None:
             """The device is broken until the driver resets it."""
+
+        def on_notify(self, index: int) -> None:
+            """A queue's notification has arrived on its eventfd."""
 
         def requeue(self, index: int) -> None:
             """Call `process(index)` again, after others had their turn."""
@@ -67,7 +78,7 @@ class VirtioDevice:
         self.queues: list[Virtqueue | None] = []
         self.active = False
         self.transport: Transport | None = None
-        self._work = allocate_lock()
+        self._work: Lock = allocate_lock()
 
     # -- life cycle, called by the transport
 
@@ -104,12 +115,22 @@ class VirtioDevice:
 
     # -- queue work, on the device's loop
 
+    def lock_of(self, index: int) -> Lock:
+        """What is held for the work on a queue. A device whose queues are on several loops has one for each, and `_work` is
+        all of them.
+        """
+        return self._work
+
+    def loop_of(self, index: int) -> EventLoop | None:
+        """The loop that a queue's notifications are for; None: the device's own."""
+        return None
+
     def process(self, index: int) -> None:
         """Work on a queue: at most one queue's worth of chains, so that no guest keeps the loop for itself."""
         transport = self.transport
         if transport is None:
             return
-        with self._work:
+        with self.lock_of(index):
             queue = self.queues[index] if self.active and index < len(self.queues) else None
             if queue is None:
                 return

@@ -1,45 +1,39 @@
-"""virtio-net (VIRTIO 1.2, 5.1): an Ethernet interface over a tap, one queue pair and a control queue.
+"""virtio-net (VIRTIO 1.2, 5.1): an Ethernet interface over a tap, with one or more queue pairs and a control queue.
 
-Queues: 0 receive, 1 transmit, 2 control. Config space: mac (6 bytes), status (u16, bit 0: link up), max_virtqueue_pairs (u16).
+Queues: 2n receive and 2n + 1 transmit of pair n, the control queue last; for a driver that does not negotiate MQ it is queue 2.
+Config space: mac (6 bytes), status (u16, bit 0: link up), max_virtqueue_pairs (u16).
 
-Receiving: chains are popped until the largest frame fits, one `readv` puts header and frame straight into them, and as many
-as were filled go back at once, after num_buffers was set in the first. The others wait for the next frame. The last buffer of
-every `readv` is the device's own, so that a frame for which the driver had too little room is not cut off: it is held until
-there is more room, or dropped if there can never be. While the driver has no buffers the tap is not watched, and frames stay
-in its queue; the notification of a refill watches it again.
-
-Sending: the header is copied out, checked, and sent in front of the driver's buffers with one `writev`. A full tap leaves the
-chain where it is until the tap is writable.
+Each pair has a queue of the tap, and is served by this process (`net_receive.py`, `net_send.py`) or, with vhost, by a thread of
+the kernel (`vhost/net.py`), between which a plugged tap decides. Which pairs are in use the driver says (VQ_PAIRS_SET); the
+tap's queues of the others are detached, so that the kernel steers no frame there. A kernel thread knows no receive filter: with
+vhost the driver gets every frame of the tap and drops what it does not want, as VIRTIO 1.2, 5.1.6.5 lets a device do.
 
 A tap that is deleted on the host is a link that went down: the driver is told, what it sends is dropped.
 """
 
 from __future__ import annotations
 
+import os
+from _thread import allocate_lock
+
 from stratovirt.backends.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, Tap, TapGoneError
 from stratovirt.errors import GuestError, HostError
-from stratovirt.loop import ERROR, HANGUP, READ, WRITE, EventLoop
-from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice
-from stratovirt.virtio.net_filter import HEAD_SIZE, MAC_SIZE, MAX_COMMAND, ReceiveFilter
-from stratovirt.virtio.net_header import (
-    F_CSUM,
-    F_HOST_TSO4,
-    F_HOST_TSO6,
-    F_HOST_UFO,
-    HEADER_SIZE,
-    MAX_FRAME,
-    NUM_BUFFERS_AT,
-    HeaderError,
-    checked,
-)
+from stratovirt.loop import READ, EventLoop
+from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
+from stratovirt.virtio.net_filter import CLASS_MQ, MAC_SIZE, MAX_COMMAND, MQ_PAIRS_SET, ReceiveFilter
+from stratovirt.virtio.net_header import F_CSUM, F_HOST_TSO4, F_HOST_TSO6, F_HOST_UFO
+from stratovirt.virtio.net_receive import LARGE_FRAME, SMALL_FRAME, Receiver
+from stratovirt.virtio.net_send import Sender
 from stratovirt.virtio.queue import Chain, Virtqueue, split
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
 
     from stratovirt.errors import StratoVirtError
-    from stratovirt.loop import Timer
+    from stratovirt.vhost.net import VhostNet
+    from stratovirt.virtio.device import Lock
 
 F_GUEST_CSUM = 1
 F_MAC = 5
@@ -52,6 +46,7 @@ F_CTRL_VQ = 17
 F_CTRL_RX = 18
 F_CTRL_VLAN = 19
 F_CTRL_RX_EXTRA = 20
+F_MQ = 22
 F_CTRL_MAC_ADDR = 23
 
 _FEATURES = (
@@ -59,86 +54,159 @@ _FEATURES = (
     F_CTRL_RX, F_CTRL_VLAN, F_CTRL_RX_EXTRA, F_CTRL_MAC_ADDR, F_INDIRECT_DESC, F_EVENT_IDX,
 )
 _OFFLOAD_OF_FEATURE = {F_GUEST_TSO4: TUN_F_TSO4, F_GUEST_TSO6: TUN_F_TSO6, F_GUEST_UFO: TUN_F_UFO}
+# What concerns the rings, and so whoever serves them; the rest is between the driver, the tap and the control queue.
+_RING_FEATURES = 1 << F_VERSION_1 | 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX | 1 << F_MRG_RXBUF
 
-RX, TX, CTRL = 0, 1, 2
+RX, TX, CTRL = 0, 1, 2  # with one pair
 LINK_UP = 1
 ACK_OK, ACK_ERR = b"\x00", b"\x01"
-
-# Frames in one turn. With segmentation offload a frame is up to 64 KiB, and others on the loop wait meanwhile.
-RX_BATCH = 64
-TX_BATCH = 64
-_RETRY_SECONDS = 0.1  # after an error of the tap that should not be
-_STALE_FRAMES = 1024  # a tap's queue holds 500 to 1000 by default
 _CTRL_QUEUE_SIZE = 64
-_SMALL_FRAME = HEADER_SIZE + 1514  # without segmentation offload; larger ones (jumbo frames) go over `_spill`
-_LARGE_FRAME = HEADER_SIZE + MAX_FRAME
-_SPILL_SIZE = 128 * 1024
-_MAX_VIEWS = 1023  # of the guest's in one call: IOV_MAX is 1024, and one is ours
+
+
+class _Locks:
+    """Several locks that are taken together, always in the same order."""
+
+    def __init__(self, locks: list[Lock]) -> None:
+        self._locks = locks
+
+    def __enter__(self) -> bool:
+        for lock in self._locks:
+            lock.__enter__()
+        return True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for lock in reversed(self._locks):
+            lock.__exit__(kind, error, trace)
+
+
+class Pair:
+    """A receive and a transmit queue, over a queue of the tap. `vhost` is who serves them, None: this process."""
+
+    __slots__ = ("enabled", "halves", "receiver", "sender", "tap", "vhost")
+
+    def __init__(self, receiver: Receiver, sender: Sender, tap: Tap, vhost: VhostNet | None, enabled: bool) -> None:
+        self.receiver = receiver
+        self.sender = sender
+        self.halves: tuple[Receiver | Sender, ...] = (receiver, sender)
+        self.tap = tap
+        self.vhost = vhost
+        self.enabled = enabled  # its queue of the tap is attached
 
 
 class VirtioNet(VirtioDevice):
     """One interface. `on_error` hears of the tap's errors and of frames that cannot be sent, for the log.
 
-    With a NoTap it is an interface whose link is down; `replace_tap` changes what it is connected to at any time.
+    `taps` are the queues of one tap, one for each pair, and `vhosts` as many, or none. With a NoTap it is an interface whose
+    link is down; `replace_taps` changes what it is connected to at any time. Receive queues can be on a loop of their own, and
+    transmit queues too; everything else is on `loop`.
     """
 
     device_id = 1
     name = "virtio-net"
 
-    def __init__(self, tap: Tap, mac: bytes, loop: EventLoop, queue_size: int = 256,
-                 on_error: Callable[[StratoVirtError], None] | None = None) -> None:
+    def __init__(self, taps: Tap | Sequence[Tap], mac: bytes, loop: EventLoop, queue_size: int = 256,
+                 on_error: Callable[[StratoVirtError], None] | None = None, vhosts: Sequence[VhostNet] = (),
+                 rx_loop: EventLoop | None = None, tx_loop: EventLoop | None = None) -> None:
         super().__init__()
-        self.tap = tap
+        taps = [taps] if isinstance(taps, Tap) else list(taps)
         self.filter = ReceiveFilter(mac)
-        self.queue_sizes = (queue_size, queue_size, _CTRL_QUEUE_SIZE)
+        self.queue_sizes = (*(queue_size,) * (2 * len(taps)), _CTRL_QUEUE_SIZE)
+        self.link_up = taps[0].fd >= 0
+        self._loop = loop
+        self._on_error = on_error
+        self._tap_gone = not self.link_up
+        self._link_lock = allocate_lock()
+        self._paused = False
+        self._offload = 0
+        self._call_fd = self._error_fd = -1
+        self.pairs = [
+            Pair(Receiver(self, 2 * number, rx_loop or loop), Sender(self, 2 * number + 1, tx_loop or loop, tap), tap,
+                 vhosts[number] if vhosts else None, number > 0)
+            for number, tap in enumerate(taps)]
+        self._work = _Locks([half.lock for pair in self.pairs for half in pair.halves])
+        self._offer(taps[0], vhosts)
+        self._set_config()
+        if vhosts:
+            # Queue 2 is the control queue of a driver that does not know MQ.
+            self.external_queues = frozenset(range(2 * len(taps))) - {CTRL}
+            self._open_eventfds()
+        self._set_enabled(1)
+
+    def _offer(self, tap: Tap, vhosts: Sequence[VhostNet]) -> None:
         for bit in _FEATURES:
             self.features |= 1 << bit
         if tap.ufo:
             self.features |= 1 << F_GUEST_UFO | 1 << F_HOST_UFO
-        self._loop = loop
-        self._on_error = on_error
-        self._tap_gone = tap.fd < 0
-        self._link_up = not self._tap_gone
-        self._offload = 0
-        self._set_config()
-        self._rx_chains: list[Chain] = []  # popped and empty, but for a held frame
-        self._rx_views: list[memoryview] = []  # theirs, in order
-        self._rx_room = 0  # bytes in them
-        self._rx_wanted = 0
-        self._rx_mergeable = False
-        self._direct = 0  # how much of the last frame's room was the driver's; what is beyond lies in _spill
-        self._held = 0  # length of a frame, with its header, that waits for the driver to make more room
-        self._spill = memoryview(bytearray(_SPILL_SIZE))
-        self._retry: Timer | None = None
-        self._tx_waiting: Chain | None = None
-        self._watched = 0
-        if not self._tap_gone:
-            loop.add(tap.fd, 0, self._on_tap)
+        if len(self.pairs) > 1:
+            self.features |= 1 << F_MQ
+        for vhost in vhosts:
+            self.features &= vhost.features | ~_RING_FEATURES
+
+    @property
+    def tap(self) -> Tap:
+        """The first pair's."""
+        return self.pairs[0].tap
 
     # -- life cycle
 
     def activate(self, queues: list[Virtqueue | None]) -> None:
         features = self.driver_features
-        self._rx_mergeable = bool(features >> F_MRG_RXBUF & 1)
         offload = 0
         if features >> F_GUEST_CSUM & 1:
             offload = TUN_F_CSUM
             for bit, flag in _OFFLOAD_OF_FEATURE.items():
                 offload |= flag if features >> bit & 1 else 0
         self._set_offload(offload)
-        self._rx_wanted = _LARGE_FRAME if offload & ~TUN_F_CSUM else _SMALL_FRAME
+        wanted = LARGE_FRAME if offload & ~TUN_F_CSUM else SMALL_FRAME
+        for pair in self.pairs:
+            pair.receiver.activate(bool(features >> F_MRG_RXBUF & 1), wanted)
         if features >> F_CTRL_VLAN & 1:
             self.filter.filter_vlans()
         super().activate(queues)
+        with self._work:
+            broken = not self._sync()
+        if broken:
+            self._break("the host cannot serve its rings")
 
     def on_reset(self) -> None:
-        self._rx_chains, self._rx_views, self._rx_room, self._held = [], [], 0, 0
-        self._tx_waiting = None
+        self._sync()
+        for pair in self.pairs:
+            pair.receiver.forget()
+            pair.sender.forget()
         self.filter.reset()
+        self._set_enabled(1)
         self._set_config()
         if not self._tap_gone:
             self._set_offload(0)
-            self._drop_stale_frames()
+            for pair in self.pairs:
+                pair.receiver.drop_stale_frames()
+
+    def pause(self) -> None:
+        with self._work:
+            self._paused = True
+            self._sync()
+
+    def resume(self) -> None:
+        with self._work:
+            self._paused = False
+            broken = not self._sync()
+            active = self.active
+        if broken:
+            self._break("the host cannot serve its rings")
+        elif active:
+            self._requeue_all()
+
+    def _break(self, why: str) -> None:
+        with self._work:
+            self.active = False
+            self._sync()
+        if self.transport is not None:
+            self.transport.needs_reset(GuestError(self.name, why))
+
+    def _requeue_all(self) -> None:
+        if self.transport is not None:
+            for index in range(len(self.queue_sizes)):
+                self.transport.requeue(index)
 
     def _set_offload(self, flags: int) -> None:
         self._offload = flags
@@ -147,114 +215,272 @@ class VirtioNet(VirtioDevice):
         try:
             self.tap.set_offload(flags if self.tap.ufo else flags & ~TUN_F_UFO)
         except HostError as error:
-            self._report(error)
-
-    def _drop_stale_frames(self) -> None:
-        """Frames for the last driver may be of a kind that the next one cannot take."""
-        try:
-            for _ in range(_STALE_FRAMES):
-                if not self.tap.read([self._spill]):
-                    return
-        except HostError:
-            return  # the loop will find it gone
+            self.report(error)
 
     def close(self) -> None:
         """The device is unplugged, and reset. Thread: the device's loop."""
-        if not self._tap_gone:
-            self._tap_gone = True
-            self._loop.remove(self.tap.fd)
-        self.tap.close()
+        self._release()
+
+    # -- what it is connected to
 
     def replace_tap(self, tap: Tap, mac: bytes | None = None) -> None:
-        """Connect the interface to `tap`, or to a NoTap, and close what it was connected to. The driver is told of the link.
+        self.replace_taps([tap], mac)
 
-        A frame that is being received is lost. `mac` is for the next driver: the present one has read its address.
-        Thread: the device's loop.
+    def replace_taps(self, taps: Sequence[Tap], mac: bytes | None = None, vhosts: Sequence[VhostNet] = ()) -> None:
+        """Connect the interface to the queues of a tap, or to a NoTap, and close what it was connected to. The driver is told.
+
+        Frames that are being received are lost. `mac` is for the next driver: the present one has read its address. With fewer
+        queues than pairs the last pairs send through the first queue and receive nothing.
+        Thread: the device's loop. Raises: HostError when `vhosts` cannot do what the driver has negotiated; nothing is changed.
         """
+        for vhost in vhosts:
+            if self.active and self.driver_features & _RING_FEATURES & ~vhost.features:
+                raise HostError(f"{vhost.vhost.name} lacks what the guest's driver has negotiated")
         with self._work:
-            if not self._tap_gone:
-                self._loop.remove(self.tap.fd)
-            self.tap.close()
-            self.tap = tap
-            self._tap_gone = tap.fd < 0
-            self._link_up = not self._tap_gone
-            self._watched = self._held = 0
-            if not self._tap_gone:
-                self._loop.add(tap.fd, 0, self._on_tap)
+            self._release()
+            for number, pair in enumerate(self.pairs):
+                pair.tap = taps[number] if number < len(taps) else taps[0]
+                pair.vhost = vhosts[number] if number < len(vhosts) else None
+                pair.enabled = 0 < number < len(taps)
+            self._tap_gone = taps[0].fd < 0
+            self.link_up = not self._tap_gone
+            if vhosts:
+                self._open_eventfds()
+            self._watch_queues(not vhosts)
+            self._set_enabled(self._wanted_pairs)
             self._set_offload(self._offload)
             if mac is not None:
                 self.filter.own_mac = mac
                 if not self.active:
                     self.filter.reset()
             self._set_config()
+            broken = not self._sync()
+        if broken:
+            self._break("the host cannot serve its rings")
         if self.transport is not None:
             self.transport.notify_config()
-            self.transport.requeue(RX)
-            self.transport.requeue(TX)
+        self._requeue_all()
+
+    def _release(self) -> None:
+        """Let go of taps and vhosts. Called with `_work` held, or without a driver."""
+        self._tap_gone = True
+        self._sync()
+        for pair in self.pairs:
+            pair.receiver.detach()
+            pair.sender.forget()
+        closed: list[Tap] = []
+        for pair in self.pairs:
+            if pair.tap not in closed:
+                closed.append(pair.tap)
+                pair.tap.close()
+            if pair.vhost is not None:
+                pair.vhost.close()
+                pair.vhost = None
+
+    def _watch_queues(self, watched: bool) -> None:
+        """Hear of the data queues' notifications, or leave them to the kernel, which watches them itself."""
+        transport = self.transport
+        external = frozenset() if watched else frozenset(range(2 * len(self.pairs))) - {CTRL}
+        changed, self.external_queues = external ^ self.external_queues, external
+        if transport is None:
+            return
+        for index in changed:
+            fd, loop = transport.notify_fds[index], self.loop_of(index) or self._loop
+            if index in external:
+                loop.remove(fd)
+            else:
+                loop.add(fd, READ, lambda _events, index=index: transport.on_notify(index))  # type: ignore[misc]
+
+    # -- pairs, with `_work` held
+
+    _wanted_pairs = 1
+
+    def _set_enabled(self, count: int) -> bool:
+        """Let the first `count` pairs be in use."""
+        self._wanted_pairs = count
+        done = True
+        for number, pair in enumerate(self.pairs):
+            wanted = number < count and (number == 0 or pair.tap is not self.tap)
+            if wanted != pair.enabled:
+                done = self._enable(number, pair, wanted) and done
+            elif not wanted and number:
+                pair.sender.attach(self.tap)
+        return done
+
+    def _enable(self, number: int, pair: Pair, wanted: bool) -> bool:
+        if not wanted:
+            pair.enabled = False
+            self._sync()
+            self._give_back(pair)
+            pair.receiver.detach()
+            pair.sender.attach(self.tap)
+        if number and not self._tap_gone:
+            try:
+                pair.tap.enable(wanted)
+            except HostError as error:
+                self.report(error)
+                return False
+        if wanted:
+            pair.enabled = True
+            pair.receiver.attach(pair.tap)
+            pair.sender.attach(pair.tap)
+        return True
+
+    def _give_back(self, pair: Pair) -> None:
+        """What was popped and not returned is available again, for whoever serves the queues next."""
+        for half in pair.halves:
+            half.forget()
+            queue = self.queues[half.index] if self.active and half.index < len(self.queues) else None
+            if queue is not None:
+                queue.seek(queue.position)
+
+    def serves(self, index: int) -> bool:
+        """May the queue be worked on by this process?"""
+        pair = self.pairs[index // 2]
+        ready = self.active and index < len(self.queues) and self.queues[index] is not None and self.link_up
+        return ready and not self._paused and pair.vhost is None and pair.enabled
+
+    # -- vhost, with `_work` held
+
+    def _sync(self) -> bool:
+        """Let the kernel's threads run or rest as it should be. False: the kernel refuses, and the log has it."""
+        up = self.active and self.link_up and not self._paused and not self._tap_gone
+        done = True
+        for pair in self.pairs:
+            vhost = pair.vhost
+            if vhost is not None and vhost.running != (up and pair.enabled):
+                done = (self._stop(pair, vhost) if vhost.running else self._start(pair, vhost)) and done
+        return done
+
+    def _start(self, pair: Pair, vhost: VhostNet) -> bool:
+        rx, tx = self.queues[pair.receiver.index], self.queues[pair.sender.index]
+        if rx is None or tx is None or self.transport is None:
+            return True  # a driver without its queues: there is nothing to serve
+        self._give_back(pair)
+        kick_fds = [self.transport.notify_fds[half.index] for half in pair.halves]
+        try:
+            vhost.start(self.driver_features & _RING_FEATURES, (rx, tx), kick_fds, self._call_fd, self._error_fd, pair.tap.fd)
+        except HostError as error:
+            self.report(error)
+            self._stop(pair, vhost)
+            return False
+        return True
+
+    def _stop(self, pair: Pair, vhost: VhostNet) -> bool:
+        if not vhost.running:
+            return True
+        try:
+            positions = vhost.stop()
+        except HostError as error:
+            self.report(error)
+            return False
+        for half, position in zip(pair.halves, positions, strict=True):
+            queue = self.queues[half.index] if half.index < len(self.queues) else None
+            if queue is not None:
+                queue.seek(position)
+        return True
+
+    def _open_eventfds(self) -> None:
+        if self._call_fd < 0:
+            self._call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._error_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._loop.add(self._call_fd, READ, self._on_call)
+            self._loop.add(self._error_fd, READ, self._on_broken_ring)
+
+    def _on_call(self, _events: int) -> None:
+        os.eventfd_read(self._call_fd)
+        if self.transport is not None:
+            self.transport.notify_used()
+
+    def _on_broken_ring(self, _events: int) -> None:
+        os.eventfd_read(self._error_fd)
+        if self.active:
+            self._break("a ring that the kernel cannot follow")
 
     # -- link and config space
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or out. Thread: the device's loop."""
-        if up == self._link_up or self._tap_gone:
-            return
-        self._link_up = up
-        self._set_config()
+        with self._work:
+            if up == self.link_up or self._tap_gone:
+                return
+            self.link_up = up
+            self._set_config()
+            broken = not self._sync()
+        if broken:
+            self._break("the host cannot serve its rings")
         if self.transport is not None:
             self.transport.notify_config()
-            self.transport.requeue(RX)
+        self._requeue_all()
 
     def _set_config(self) -> None:
-        status = LINK_UP if self._link_up else 0
-        self.config = self.filter.mac + status.to_bytes(2, "little") + b"\1\0"
+        status = LINK_UP if self.link_up else 0
+        self.config = self.filter.mac + status.to_bytes(2, "little") + len(self.pairs).to_bytes(2, "little")
 
-    def _lose_tap(self, error: HostError) -> None:
-        self._tap_gone = True
-        self._link_up = False
-        self._loop.remove(self.tap.fd)
-        self._report(TapGoneError(f"{error}: the device was deleted on the host, the link is down"))
-        self._set_config()
+    def lose_tap(self, error: HostError) -> None:
+        """The device was deleted on the host. Thread: any loop of the device; a queue's lock may be held."""
+        with self._link_lock:
+            if self._tap_gone:
+                return
+            self._tap_gone = True
+            self.link_up = False
+            self._set_config()
+        self.report(TapGoneError(f"{error}: the device was deleted on the host, the link is down"))
         if self.transport is not None:
             self.transport.notify_config()
+        if any(pair.vhost is not None for pair in self.pairs):
+            self._loop.call_soon(self._rest)  # its locks may be held here
 
-    def _report(self, error: StratoVirtError) -> None:
+    def _rest(self) -> None:
+        with self._work:
+            self._sync()
+
+    def report(self, error: StratoVirtError) -> None:
         if self._on_error is not None:
             self._on_error(error)
 
-    # -- the tap's readiness, on the device's loop
+    # -- queue work
 
-    def _on_tap(self, events: int) -> None:
-        if events & (ERROR | HANGUP):
-            with self._work:
-                if not self._tap_gone:
-                    self._lose_tap(HostError(f"tap {self.tap.name}"))
-            return
-        queues = self.queues
-        if not self.active or not self._link_up or len(queues) <= TX or queues[RX] is None:
-            self._watch(0)  # nobody to read for: a notification of the receive queue watches it again
-        if events & WRITE:
-            self._watch(self._watched & ~WRITE)
-            self.process(TX)
-        if events & READ:
-            self.process(RX)
+    def _control_index(self) -> int:
+        return 2 * len(self.pairs) if self.driver_features >> F_MQ & 1 else CTRL
 
-    def _watch(self, events: int) -> None:
-        if events != self._watched and not self._tap_gone:
-            self._loop.modify(self.tap.fd, events)
-            self._watched = events
+    def lock_of(self, index: int) -> Lock:
+        if index == self._control_index() or index >= 2 * len(self.pairs):
+            return self._work
+        pair = self.pairs[index // 2]
+        return pair.sender.lock if index & 1 else pair.receiver.lock
 
-    # -- queue work, with `_work` held
+    def loop_of(self, index: int) -> EventLoop | None:
+        if index >= 2 * len(self.pairs):
+            return self._loop
+        pair = self.pairs[index // 2]
+        return pair.sender.loop if index & 1 else pair.receiver.loop
+
+    def process(self, index: int) -> None:
+        super().process(index)
+        if not self.active and any(pair.vhost is not None and pair.vhost.running for pair in self.pairs):
+            self._rest()  # the control queue is broken, and so is all of the device
 
     def _drain(self, index: int, queue: Virtqueue) -> bool:
-        if index == CTRL:
+        if index == self._control_index():
             return super()._drain(index, queue)
+        pair = self.pairs[index // 2] if index < 2 * len(self.pairs) else None
+        if pair is None or self._paused or pair.vhost is not None:
+            return False
+        if index & 1:
+            return pair.sender.transmit(queue)
+        if not pair.enabled:
+            return False
         try:
-            return self._receive(queue) if index == RX else self._transmit(queue)
+            pair.receiver.receive(queue)
         except GuestError:
-            if index == RX:
-                queue.push_all([(chain.head, 0) for chain in self._rx_chains])
-                self._rx_chains, self._rx_views, self._rx_room, self._held = [], [], 0, 0
+            queue.push_all([(chain.head, 0) for chain in pair.receiver.chains])
+            pair.receiver.forget()
             raise
+        return False
+
+    def ready(self, index: int) -> bool:
+        return not self._paused
 
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
         """A command of the control queue."""
@@ -264,172 +490,23 @@ class VirtioNet(VirtioDevice):
         done = False
         if chain.readable_length <= MAX_COMMAND:
             request = b"".join(chain.readable)
-            done = self.filter.command(request[0], request[1], request[2:])
+            if request[0] == CLASS_MQ:
+                done = self._set_pairs(request[1], request[2:])
+            else:
+                done = self.filter.command(request[0], request[1], request[2:])
             if self.config[:MAC_SIZE] != self.filter.mac:
                 self._set_config()
         ack, _ = split(chain.writable, 1)
         ack[0][:] = ACK_OK if done else ACK_ERR
         return 1
 
-    # -- receiving
-
-    def _receive(self, queue: Virtqueue) -> bool:
-        """Frames from the tap to the driver. Never asks for another turn: the tap stays readable and says so itself."""
-        if self._tap_gone or not self._link_up:
-            self._watch(self._watched & ~READ)
+    def _set_pairs(self, command: int, data: bytes) -> bool:
+        """VIRTIO 1.2, 5.1.6.5.5: how many pairs the driver uses."""
+        count = int.from_bytes(data, "little")
+        if command != MQ_PAIRS_SET or len(data) != 2 or not self.driver_features >> F_MQ & 1:
             return False
-        for _ in range(RX_BATCH):
-            wanted = self._held or self._rx_wanted
-            self._take_buffers(queue, wanted)
-            length = self._held or self._read_frame()
-            if length == 0:
-                break
-            self._take_buffers(queue, length)
-            if length > self._rx_room and not self._is_hopeless(queue):
-                self._held = length
-                self._watch(self._watched & ~READ)
-                return False
-            self._held = 0
-            if length <= self._rx_room:
-                self._deliver(queue, length)
-        if self._rx_room and self._retry is None:
-            self._watch(self._watched | READ)
-        else:
-            self._watch(self._watched & ~READ)
-        return False
-
-    def _take_buffers(self, queue: Virtqueue, wanted: int) -> None:
-        """Pop chains until there is room for `wanted` bytes; without mergeable buffers a frame has one chain and no more."""
-        if self._rx_room >= wanted:
-            return
-        chains = self._rx_chains
-        queue.disable_notifications()
-        while self._rx_room < wanted and len(chains) < (queue.size if self._rx_mergeable else 1):
-            chain = queue.pop()
-            if chain is None:
-                if not queue.enable_notifications():
-                    return
-                continue
-            if chain.writable_length < HEADER_SIZE:
-                queue.push(chain.head, 0)
-                raise GuestError(self.name, f"a receive buffer of {chain.writable_length} bytes has no room for the header",
-                                 "VIRTIO 1.2, 5.1.6.3.1")
-            chains.append(chain)
-            self._rx_views += chain.writable
-            self._rx_room += chain.writable_length
-
-    def _is_hopeless(self, queue: Virtqueue) -> bool:
-        """The frame at hand is larger than what the driver can ever make available."""
-        if self._rx_chains and (not self._rx_mergeable or len(self._rx_chains) >= queue.size):
-            self._report(GuestError(self.name, "dropped a frame that is larger than the driver's buffers"))
-            return True
-        return False
-
-    def _read_frame(self) -> int:
-        """The next frame that the driver wants, into the buffers at hand; its length with the header, 0 without one."""
-        views = self._rx_views
-        if not views:
-            return 0
-        iov = [*views[:_MAX_VIEWS], self._spill]
-        self._direct = self._rx_room if len(views) <= _MAX_VIEWS else sum(map(len, views[:_MAX_VIEWS]))
-        try:
-            for _ in range(RX_BATCH):
-                length = self.tap.read(iov)
-                if length <= HEADER_SIZE:
-                    return 0
-                if self.filter.accepts(_head(iov)):
-                    return length
-        except TapGoneError as error:
-            self._lose_tap(error)
-        except HostError as error:
-            self._report(error)
-            if self._retry is None:  # the tap may stay readable: look again when it may have recovered
-                self._retry = self._loop.call_later(_RETRY_SECONDS, self._read_again)
-        return 0
-
-    def _read_again(self) -> None:
-        self._retry = None
-        if self.transport is not None:
-            self.transport.requeue(RX)
-
-    def _deliver(self, queue: Virtqueue, length: int) -> None:
-        """Give the driver the frame that lies in its buffers, which have room for it."""
-        views = self._rx_views
-        if length > self._direct:
-            _, rest = split(views, self._direct)
-            _copy(self._spill[: length - self._direct], rest)
-        used: list[tuple[int, int]] = []
-        filled = 0
-        for chain in self._rx_chains:
-            part = min(length, chain.writable_length)
-            used.append((chain.head, part))
-            filled += len(chain.writable)
-            self._rx_room -= chain.writable_length
-            length -= part
-            if not length:
-                break
-        count = len(used).to_bytes(2, "little")
-        if len(views[0]) >= HEADER_SIZE:
-            views[0][NUM_BUFFERS_AT:HEADER_SIZE] = count
-        else:
-            _copy(count, split(views, NUM_BUFFERS_AT)[1])
-        del self._rx_chains[: len(used)]
-        del views[:filled]
-        queue.push_all(used)
-
-    # -- sending
-
-    def _transmit(self, queue: Virtqueue) -> bool:
-        queue.disable_notifications()
-        self._watch(self._watched & ~WRITE)
-        for _ in range(TX_BATCH):
-            chain = self._tx_waiting or queue.pop()
-            if chain is None:
-                if not queue.enable_notifications():
-                    return False
-                continue
-            self._tx_waiting = None
-            if chain.readable_length < HEADER_SIZE:
-                queue.push(chain.head, 0)
-                raise GuestError(self.name, f"a frame of {chain.readable_length} bytes has no header", "VIRTIO 1.2, 5.1.6.2")
-            if not self._send(chain):
-                self._tx_waiting = chain
-                self._watch(self._watched | WRITE)
-                return False
-            queue.push(chain.head, 0)
-        return True
-
-    def _send(self, chain: Chain) -> bool:
-        """Send one frame, or drop it if it cannot be sent. False: the tap is full."""
-        if self._tap_gone or not self._link_up:
-            return True
-        header, frame = split(chain.readable, HEADER_SIZE)
-        try:
-            front = checked(b"".join(header), chain.readable_length - HEADER_SIZE, self.driver_features)
-            if len(frame) > _MAX_VIEWS:
-                return self.tap.write([front, b"".join(frame)])  # more pieces than one call takes; MAX_FRAME bounds it
-            return self.tap.write([front, *frame])
-        except HeaderError as error:
-            self._report(GuestError(self.name, f"dropped what the driver sent: {error}"))
-        except TapGoneError as error:
-            self._lose_tap(error)
-        except HostError as error:
-            self._report(error)
-        return True
-
-
-def _head(views: list[memoryview]) -> bytes:
-    """The first bytes of a frame behind its header, for the filter."""
-    end = HEADER_SIZE + HEAD_SIZE
-    if len(views[0]) >= end:
-        return bytes(views[0][HEADER_SIZE:end])
-    return b"".join(split(views, end)[0])[HEADER_SIZE:]
-
-
-def _copy(data: bytes | memoryview, views: list[memoryview]) -> None:
-    """Store `data` at the beginning of `views`, which are large enough."""
-    for view in views:
-        part, data = data[: len(view)], data[len(view) :]
-        view[: len(part)] = part
-        if not data:
-            return
+        if not 1 <= count <= len(self.pairs):
+            return False
+        done = self._set_enabled(count) and self._sync()
+        self._requeue_all()
+        return done

@@ -4,7 +4,8 @@ A command is one chain: u8 class, u8 command, data from the driver; u8 ack to th
     0 RX      u8 on/off: 0 PROMISC, 1 ALLMULTI, 2 ALLUNI, 3 NOMULTI, 4 NOUNI, 5 NOBCAST
     1 MAC     0 TABLE_SET: {u32 entries, mac[entries]} for unicast, the same for multicast; 1 ADDR_SET: mac
     2 VLAN    u16 id: 0 ADD, 1 DEL
-Everything else (announcements, queue pairs) was not offered and is refused.
+    4 MQ      u16 pairs: 0 VQ_PAIRS_SET, in `net.py`
+Everything else (announcements) was not offered and is refused.
 
 Until a driver has set a mode it gets every frame: one without a control queue has no way to ask. Its sets are bounded: a
 table of more than 64 addresses counts as "all of them", and there are 4096 VLANs. No I/O here.
@@ -12,7 +13,8 @@ table of more than 64 addresses counts as "all of them", and there are 4096 VLAN
 
 from __future__ import annotations
 
-CLASS_RX, CLASS_MAC, CLASS_VLAN = 0, 1, 2
+CLASS_RX, CLASS_MAC, CLASS_VLAN, CLASS_MQ = 0, 1, 2, 4
+MQ_PAIRS_SET = 0  # of CLASS_MQ, which is the device's own
 RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST = range(6)
 MAC_TABLE_SET, MAC_ADDR_SET = 0, 1
 VLAN_ADD, VLAN_DEL = 0, 1

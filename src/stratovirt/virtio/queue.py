@@ -110,6 +110,17 @@ class Virtqueue:
         self._next_used = 0
         self._last_signalled = 0
 
+    # -- where it stands, for devices that return chains in the order in which they came
+
+    @property
+    def position(self) -> int:
+        """The index of the first available chain that has not been returned."""
+        return self._next_used
+
+    def seek(self, position: int) -> None:
+        """Go on from there: somebody else has served the queue up to it. Chains that were popped are the driver's again."""
+        self._next_avail = self._next_used = self._last_signalled = position
+
     # -- from the driver
 
     def pop(self) -> Chain | None:
