@@ -76,18 +76,19 @@ def main() -> None:
     import stratovirt.process  # one of those that the program imports now
     from stratovirt.address_map import AddressMap
     from stratovirt.hypervisor.kvm.vm import KvmVm
-    from stratovirt.machine import boot, kvm, microvm, vcpus
+    from stratovirt.machine import board, boot, kvm, microvm, vcpus
+    from stratovirt.machine.x86_64 import processors
 
     borders.note("import the machine")
     borders.after(kvm, "KvmSystem", "open /dev/kvm")
-    borders.after(kvm, "KvmVm", "create the VM")
+    borders.after(processors, "KvmVm", "create the VM")
     borders.after(microvm.MicroVm, "_create_memory", "map and register memory")
     borders.after(KvmVm, "create_timer", "interrupt chips and timer")
     borders.after(boot.Boot, "__init__", "identify kernel and initrd")
     borders.after(boot.Boot, "load", "load them, write tables")
-    borders.after(microvm.MicroVm, "_plug_legacy", "devices")
-    borders.after(kvm, "create_vcpus", "vCPUs")
-    borders.after(boot.Boot, "enter", "registers")
+    borders.after(microvm.MicroVm, "_plug_platform", "devices")
+    borders.after(processors, "create_vcpus", "vCPUs")
+    borders.after(board.Boot, "enter", "registers")
     borders.before_first(vcpus, "run_loop", "start the first thread")
     borders.before_first(AddressMap, "write", "to the guest's first write")
     borders.after(stratovirt.loop.EventLoop, "run", "to the guest's end")

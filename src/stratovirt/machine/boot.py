@@ -1,4 +1,4 @@
-"""What a guest finds in memory and registers when it starts: kernel, initrd, boot parameters and firmware tables.
+"""What a guest finds in memory when it starts: kernel, initrd, and what the architecture's part of this writes beside them.
 
 The kernel file is mapped, not read: whole pages of its segments lie copy-on-write in guest RAM, and only the odd ends are
 copied. Memory that is a file itself (`mem-share`, `-mem-path`) is read into instead. Everything is put in place again by
@@ -11,19 +11,15 @@ import mmap
 import os
 import stat
 
-from stratovirt.arch.x86_64 import boot_params, layout, pvh, registers
 from stratovirt.errors import ConfigError, HostError
-from stratovirt.firmware import acpi, mptable
 from stratovirt.hostmap import PAGE_SIZE
-from stratovirt.loader.image import page_parts, place
-from stratovirt.loader.kernel import identify_kernel
+from stratovirt.loader.image import page_parts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from stratovirt.arch.x86_64.layout import Slot
     from stratovirt.config.vm import VmConfig
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
-    from stratovirt.loader.image import Segment
+    from stratovirt.loader.image import KernelImage, Segment
     from stratovirt.memory import GuestMemory
 
 
@@ -63,26 +59,35 @@ class BootFile:
 
 
 class Boot:
-    """The boot of one machine: `apic_ids` and `slots` are what its tables announce.
+    """The boot of one machine. An architecture says what its kernels are, where they go, and what lies beside them.
 
     Raises: ConfigError when a file is not what its option says, or does not fit.
     """
 
-    def __init__(self, config: VmConfig, apic_ids: list[int], slots: list[Slot]) -> None:
-        self._apic_ids = apic_ids
-        self._slots = slots
-        self._has_serial = config.serial is not None
+    kernel: KernelImage
+
+    def __init__(self, config: VmConfig, ram: list[tuple[int, int]]) -> None:
         self._ram_size = config.memory_size
-        ram = layout.ram_ranges(config.memory_size)
         self._kernel_file = BootFile(config.kernel, "-kernel")
-        self.kernel = identify_kernel(self._kernel_file.map(), config.kernel)
-        kernel_end = place(self.kernel, ram)
+        kernel_end = self.identify(config.kernel, ram)
         self._initrd_file: BootFile | None = None
         self._initrd_at = (0, 0)
         if config.initrd:
             self._open_initrd(config.initrd, ram, kernel_end)
-        words = layout.command_line_words(slots)
-        self._command_line = boot_params.command_line(config.kernel_cmdline + words, self.kernel.cmdline_size)
+
+    # -- what an architecture implements
+
+    def identify(self, path: str, ram: list[tuple[int, int]]) -> int:
+        """Set `kernel` from `_kernel_file`, placed in `ram`; the first address behind it."""
+        raise NotImplementedError
+
+    def write_tables(self, memory: GuestMemory) -> None:
+        """Write what the kernel is told about the machine."""
+        raise NotImplementedError
+
+    def enter(self, vcpu: KvmVcpu) -> None:
+        """Point the boot processor at the kernel's entry."""
+        raise NotImplementedError
 
     def _open_initrd(self, path: str, ram: list[tuple[int, int]], kernel_end: int) -> None:
         from stratovirt.loader.initrd import identify_initrd, place_initrd
@@ -114,18 +119,7 @@ class Boot:
                 self._map(memory, self._initrd_file, 0, address, whole)
             if size > whole:
                 self._initrd_file.read_into(memory.slice(address + whole, size - whole), whole)
-        self._write_tables(memory)
-        memory.write(layout.COMMAND_LINE, self._command_line)
-        e820 = layout.e820(self._ram_size)
-        if self.kernel.protocol == "pvh":
-            memory.write(layout.PVH_START_INFO, pvh.start_info(e820, self._initrd_at, layout.ACPI_TABLES))
-        else:
-            page = boot_params.zero_page(self.kernel.setup_header, e820, self._initrd_at, layout.ACPI_TABLES)
-            memory.write(layout.ZERO_PAGE, page)
-            for address, data in boot_params.page_tables():
-                memory.write(address, data)
-        for address, data in boot_params.descriptor_tables():
-            memory.write(address, data)
+        self.write_tables(memory)
 
     def _read_segment(self, memory: GuestMemory, segment: Segment) -> None:
         """Copy a segment into memory that has a file of its own, which may not have been empty."""
@@ -137,29 +131,3 @@ class Boot:
     def _map(memory: GuestMemory, file: BootFile, offset: int, address: int, length: int) -> None:
         region = memory.region(address, length)
         region.host.map_file(address - region.base, file.fd, offset, length)
-
-    def _write_tables(self, memory: GuestMemory) -> None:
-        ids = self._apic_ids
-        ioapic_id = mptable.ioapic_id(ids)
-        memory.write(layout.MP_FLOATING_POINTER, mptable.floating_pointer(layout.MP_TABLE))
-        memory.write(layout.MP_TABLE, mptable.configuration_table(ids, layout.LAPIC, layout.IOAPIC))
-        tables = acpi.AcpiConfig(
-            processors=ids, lapic=layout.LAPIC, ioapic=layout.IOAPIC, ioapic_id=ioapic_id,
-            reset=(layout.KEYBOARD_CONTROLLER_PORT, layout.KEYBOARD_CONTROLLER_RESET),
-            sleep=(layout.SLEEP_CONTROL_PORT, layout.SLEEP_STATUS_PORT, layout.SLEEP_TYPE_S5),
-            serial=(layout.SERIAL_PORT, layout.SERIAL_PORTS, layout.SERIAL_IRQ) if self._has_serial else None,
-            virtio=[(slot.number, slot.acpi_base, layout.VIRTIO_MMIO_SIZE, slot.irq) for slot in self._slots],
-        )
-        memory.write(layout.ACPI_TABLES, acpi.build(tables, layout.ACPI_TABLES))
-
-    # -- registers
-
-    def enter(self, vcpu: KvmVcpu) -> None:
-        """Point the boot processor at the kernel's entry."""
-        sregs = vcpu.get_sregs()
-        if self.kernel.protocol == "pvh":
-            vcpu.set_sregs(registers.protected_mode_sregs(sregs))
-            vcpu.set_regs(registers.pvh_regs(self.kernel.entry, layout.PVH_START_INFO))
-        else:
-            vcpu.set_sregs(registers.long_mode_sregs(sregs))
-            vcpu.set_regs(registers.linux64_regs(self.kernel.entry, layout.ZERO_PAGE))

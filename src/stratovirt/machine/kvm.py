@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import time
 
-from stratovirt.arch.x86_64 import cpuid, layout, registers
-from stratovirt.errors import ConfigError, StateError
-from stratovirt.hypervisor.kvm import _uapi as uapi
+from stratovirt.errors import StateError
 from stratovirt.hypervisor.kvm.system import KvmSystem
-from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
-from stratovirt.hypervisor.kvm.vm import KvmVm
-from stratovirt.machine.halt_watch import HaltWatch
+from stratovirt.machine.board import Processors
 from stratovirt.machine.vcpus import VcpuThreads
 
 TYPE_CHECKING = False
@@ -23,7 +19,8 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from stratovirt.address_map import AddressMap
-    from stratovirt.config.vm import SmpConfig
+    from stratovirt.config.vm import VmConfig
+    from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
     from stratovirt.loop import EventLoop
     from stratovirt.machine.boot import Boot
     from stratovirt.memory import RamRegion
@@ -36,10 +33,6 @@ if TYPE_CHECKING:
         """What memory and devices are connected to; `KvmVm` has the details. Raises: HostError."""
 
         def add_memory(self, region: RamRegion) -> None: ...
-
-        def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None: ...
-
-        def create_timer(self) -> None: ...
 
         def create_irqfd(self, gsi: int) -> InterruptLine: ...
 
@@ -57,6 +50,9 @@ if TYPE_CHECKING:
 
         def device_loop(self, loop: EventLoop, call: Callable[[Callable[[], None]], None]) -> EventLoop:
             """`loop` as devices are to see it; its clock and timers are the guest's. `call` runs a function on its thread."""
+
+        def create_interrupt_chips(self) -> None:
+            """What interrupts go to. After memory, before anything that has an interrupt."""
 
         def create_processors(self, boot: Boot | None) -> None:
             """Make them, the first at the entry of `boot`."""
@@ -90,13 +86,12 @@ class KvmAccelerator:
 
     now = staticmethod(time.time)
 
-    def __init__(self, smp: SmpConfig, ports: AddressMap, mmio: AddressMap, loop: EventLoop,
+    def __init__(self, config: VmConfig, ports: AddressMap, mmio: AddressMap, loop: EventLoop,
                  on_exit: Callable[[KvmVcpu, str, int], None], on_dead: Callable[[], None]) -> None:
         self.system = KvmSystem()
-        self.vm = KvmVm(self.system)
-        self.vcpus: list[KvmVcpu] = []
+        self.processors = Processors(self.system, config)
+        self.vm = self.processors.vm
         self.threads: VcpuThreads | None = None
-        self._smp = smp
         self._ports = ports
         self._mmio = mmio
         self._loop = loop
@@ -107,8 +102,15 @@ class KvmAccelerator:
     def device_loop(self, loop: EventLoop, call: Callable[[Callable[[], None]], None]) -> EventLoop:
         return loop  # the guest's time is the host's
 
+    @property
+    def vcpus(self) -> list[KvmVcpu]:
+        return self.processors.vcpus
+
+    def create_interrupt_chips(self) -> None:
+        self.processors.create_interrupt_chips()
+
     def create_processors(self, boot: Boot | None) -> None:
-        self.vcpus = create_vcpus(self.system, self.vm, topology_of(self._smp), self._smp.max_cpus)
+        self.processors.create()
         if boot is not None:
             boot.enter(self.vcpus[0])
 
@@ -116,7 +118,7 @@ class KvmAccelerator:
         self.threads = threads = VcpuThreads(self.vcpus, self._ports, self._mmio, self._on_exit)
         threads.start(paused)
         self._running = not paused
-        HaltWatch(self._loop, threads, lambda: self._running, self._on_dead)
+        self.processors.watch(self._loop, threads, lambda: self._running, self._on_dead)
 
     def pause(self) -> None:
         self._started().pause()
@@ -127,7 +129,7 @@ class KvmAccelerator:
         self._started().resume()
 
     def reset_processors(self, boot: Boot | None) -> None:
-        reset_processors(self.system, self.vm, self.vcpus)
+        self.processors.reset()
         if boot is not None:
             boot.enter(self.vcpus[0])
         self._started().revive()
@@ -149,64 +151,3 @@ class KvmAccelerator:
         from stratovirt.hypervisor.kvm.teardown import close_behind
 
         close_behind(self.vm.fd)
-
-
-def topology_of(smp: SmpConfig) -> cpuid.Topology:
-    """Clusters are an arm notion; on x86 they are more cores."""
-    return cpuid.Topology(smp.cpus, smp.dies, smp.cores * smp.clusters, smp.threads)
-
-
-def create_vcpus(system: KvmSystem, vm: KvmVm, topology: cpuid.Topology, max_cpus: int) -> list[KvmVcpu]:
-    """All vCPUs with CPUID, MSRs and local APIC set up; the first is runnable, the others wait for their start-up IPI."""
-    if topology.cpus > 1:
-        limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
-        if topology.cpus > limit:
-            raise ConfigError(f"this KVM has no more than {limit} vCPUs", option="-smp", value=str(topology.cpus))
-    mmap_size = system.vcpu_mmap_size()
-    tsc_deadline = system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER) > 0
-    tables = cpuid.vcpu_cpuid(system.supported_cpuid(), topology, max_cpus, tsc_deadline)
-    vcpus: list[KvmVcpu] = []
-    for apic_id, table in zip(topology.apic_ids, tables, strict=True):
-        vcpu = KvmVcpu(vm, apic_id, mmap_size)
-        vcpu.set_cpuid(table)
-        vcpu.set_msrs(registers.BOOT_MSRS)
-        vcpu.set_lapic(registers.virtual_wire_lapic(vcpu.get_lapic()))
-        vcpus.append(vcpu)
-    return vcpus
-
-
-def reset_processors(system: KvmSystem, vm: KvmVm, vcpus: list[KvmVcpu]) -> None:
-    """Interrupt chips, timer and vCPUs back to their state before the first instruction.
-
-    The values are read from a machine made for the purpose: KVM's own idea of a fresh processor, complete with the MSRs
-    that this KVM has. It costs a reset the 20 ms that KVM takes to close a machine with interrupt chips, and a start nothing.
-    """
-    fresh_vm = KvmVm(system)
-    try:
-        fresh_vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
-        fresh_vm.create_timer()
-        for chip in (uapi.KVM_IRQCHIP_PIC_MASTER, uapi.KVM_IRQCHIP_PIC_SLAVE, uapi.KVM_IRQCHIP_IOAPIC):
-            vm.set_interrupt_chip(fresh_vm.get_interrupt_chip(chip))
-        vm.set_timer(fresh_vm.get_timer())
-        mmap_size = system.vcpu_mmap_size()
-        msrs = system.msr_indices()
-        for vcpu in vcpus:
-            fresh = KvmVcpu(fresh_vm, vcpu.id, mmap_size)
-            try:
-                _copy_state(fresh, vcpu, msrs)
-            finally:
-                fresh.close()
-    finally:
-        fresh_vm.close()
-
-
-def _copy_state(fresh: KvmVcpu, vcpu: KvmVcpu, msrs: list[int]) -> None:
-    # The LAPIC comes before the MSRs, so that a pending TSC deadline is cleared in the mode that it was armed in, and
-    # the segment registers before the LAPIC, because they carry its base address and mode.
-    vcpu.set_mp_state(fresh.get_mp_state())
-    vcpu.set_sregs(fresh.get_sregs())
-    vcpu.set_lapic(registers.virtual_wire_lapic(fresh.get_lapic()))
-    vcpu.set_rest(fresh.get_rest())
-    vcpu.set_msrs(fresh.get_msrs(msrs))
-    vcpu.set_msrs(registers.BOOT_MSRS)
-    vcpu.set_regs(fresh.get_regs())

@@ -1,7 +1,8 @@
-"""The microvm board for x86_64: what is plugged where, and in which order it comes to life.
+"""The microvm board: what is plugged where, and in which order it comes to life.
 
 The order of `build` is the order of start-up, and the reasons for it are KVM's: memory before interrupt chips (a
 memory slot costs 70 times as much afterwards), interrupt chips before vCPUs and irqfds. See docs/architecture.md.
+What depends on the architecture comes from `machine/board.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,12 @@ import time
 
 from stratovirt import log
 from stratovirt.address_map import AddressMap
-from stratovirt.arch.x86_64 import layout
-from stratovirt.devices.cmos_rtc import CmosRtc
-from stratovirt.devices.i8042 import I8042
-from stratovirt.devices.sleep_control import SleepControl
 from stratovirt.errors import ConfigError, HostError, StateError
 from stratovirt.hostmap import HostMapping
 from stratovirt.hypervisor.kvm import run_loop
 from stratovirt.machine import drivers
-from stratovirt.machine.boot import Boot
-from stratovirt.machine.kvm import KvmAccelerator, topology_of
+from stratovirt.machine.board import Boot, PlatformDevices, layout
+from stratovirt.machine.kvm import KvmAccelerator
 from stratovirt.machine.lifecycle import CREATED, PAUSED, RUNNING, Lifecycle
 from stratovirt.machine.slots import assign_slots, empty_slots, plug
 from stratovirt.memory import GuestMemory, RamRegion
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.config.vm import CharDeviceConfig, VmConfig
-    from stratovirt.devices.serial import Serial
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
     from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
@@ -40,7 +36,6 @@ if TYPE_CHECKING:
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.virtio.balloon import VirtioBalloon
 
-_CMOS_PORT, _KEYBOARD_DATA_PORT = 0x70, 0x60
 _BOOT_PHASES = {1: "the kernel has started", 2: "the boot is complete"}
 
 
@@ -58,7 +53,7 @@ class MicroVm(Lifecycle):
         self.mmio = AddressMap()
         self.chardevs: dict[str, CharDevice] = {}
         self.serial_chardev: CharDevice | None = None
-        self._serial: Serial | None = None
+        self.platform: PlatformDevices | None = None
         self.iothreads: dict[str, IoThread] = {}
         self.slots: list[OccupiedSlot] = []
         self.balloon: VirtioBalloon | None = None
@@ -73,8 +68,7 @@ class MicroVm(Lifecycle):
         self.accelerator = accelerator = self._create_accelerator()
         self.vm = accelerator.vm
         self.memory = self._create_memory()
-        self.vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
-        self.vm.create_timer()
+        accelerator.create_interrupt_chips()
 
         devices = [device for device in config.devices if drivers.takes_slot(device)]
         chosen = assign_slots(devices)
@@ -82,7 +76,7 @@ class MicroVm(Lifecycle):
         empty = empty_slots(chosen) if config.qmp else []
         announced = sorted([*chosen, *(slot for _, slot in empty)], key=lambda slot: slot.number)
         if config.kernel:  # the command line sees to it that only the test accelerator goes without
-            self.boot = Boot(config, topology_of(config.smp).apic_ids, announced)
+            self.boot = Boot(config, announced)
             self.boot.load(self.memory)
         for chardev in config.chardevs.values():
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
@@ -98,7 +92,7 @@ class MicroVm(Lifecycle):
             virtio = drivers.create_empty(around, kind, slot.number)
             self.slots.append(plug(virtio, "", slot, self.vm, self.memory, self.mmio, device_loop))
         self.balloon = around.balloon
-        self._plug_legacy(accelerator)
+        self._plug_platform(accelerator)
         accelerator.create_processors(self.boot)
 
     def _create_accelerator(self) -> Accelerator:
@@ -108,7 +102,7 @@ class MicroVm(Lifecycle):
 
             return TestAccelerator(config.mod_test, self.ports, self.mmio, self.loop,
                                    lambda: self.shutdown(False, "host-test-hang-up"))
-        return KvmAccelerator(config.smp, self.ports, self.mmio, self.loop, self._on_vcpu_exit,
+        return KvmAccelerator(config, self.ports, self.mmio, self.loop, self._on_vcpu_exit,
                               lambda: self.shutdown(True, "guest-shutdown"))
 
     @property
@@ -151,28 +145,20 @@ class MicroVm(Lifecycle):
             self.vm.add_memory(region)
         return GuestMemory(regions)
 
-    # -- legacy devices
+    # -- the platform's own devices
 
-    def _plug_legacy(self, accelerator: Accelerator) -> None:
-        self._rtc = CmosRtc(accelerator.now)
-        self.ports.claim(_CMOS_PORT, 2, self._rtc)
-        self.ports.claim(_KEYBOARD_DATA_PORT, 1, I8042(False, self._guest_reset))
-        self.ports.claim(layout.KEYBOARD_CONTROLLER_PORT, 1, I8042(True, self._guest_reset))
-        self.ports.claim(layout.SLEEP_CONTROL_PORT, 2, SleepControl(self._guest_power_off))
-        serial = self.config.serial
-        if serial is not None:
-            self._plug_serial(serial)
-
-    def _plug_serial(self, config: CharDeviceConfig) -> None:
-        from stratovirt.devices.serial import Serial
-
+    def _plug_platform(self, accelerator: Accelerator) -> None:
+        self.platform = PlatformDevices(self.ports, self.mmio, self.vm, accelerator.now, self._guest_reset,
+                                        self._guest_power_off)
+        config = self.config.serial
+        if config is None:
+            return
         chardev = self.chardevs.get(config.id) if config.id else None
         if chardev is None:
             chardev = self._create_chardev(config, "-serial")
             self.serial_chardev = chardev
             self.chardevs[config.id] = chardev
-        self._serial = Serial(self.vm.create_irqfd(layout.SERIAL_IRQ), chardev, self._on_boot_time)
-        self.ports.claim(layout.SERIAL_PORT, layout.SERIAL_PORTS, self._serial)
+        self.platform.plug_serial(chardev, self._on_boot_time)
 
     def _create_chardev(self, config: CharDeviceConfig, option: str) -> CharDevice:
         from stratovirt.backends.chardev import create
@@ -209,9 +195,8 @@ class MicroVm(Lifecycle):
         self._asked = None  # whatever it was, the guest that wanted it is gone
         for occupied in self.slots:
             occupied.transport.reset()
-        self._rtc.reset()
-        if self._serial is not None:
-            self._serial.reset()
+        if self.platform is not None:
+            self.platform.reset()
         # Processors before memory: until their MSRs are reset, KVM goes on writing steal time and clocks to where the old
         # kernel wanted them, at every ioctl of a vCPU, and that may be the middle of the new initrd.
         self._built().reset_processors(self.boot)

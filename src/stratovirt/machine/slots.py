@@ -8,9 +8,9 @@ each when the machine has a QMP listener, for what is plugged in later (`machine
 from __future__ import annotations
 
 from stratovirt import log
-from stratovirt.arch.x86_64 import layout
 from stratovirt.errors import ConfigError, GuestError
 from stratovirt.loop import READ, EventLoop
+from stratovirt.machine.board import layout
 from stratovirt.machine.drivers import BLOCK, NET, slot_kind
 
 TYPE_CHECKING = False
@@ -65,14 +65,14 @@ def empty_slots(chosen: list[Slot]) -> list[tuple[str, Slot]]:
 
 def plug(device: VirtioDevice, id: str, slot: Slot, vm: Wiring, memory: GuestMemory, mmio: AddressMap,
          loop: EventLoop) -> OccupiedSlot:
-    """Wire a device into its slot: registers in both windows, one interrupt, an ioeventfd for each queue and window."""
+    """Wire a device into its slot: registers in its windows, one interrupt, an ioeventfd for each queue and window."""
     from stratovirt.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
 
     def report(error: GuestError) -> None:
         log.guest_warn(id or f"slot {slot.number}", str(error))
 
     transport = VirtioMmio(device, memory, vm.create_irqfd(slot.irq), report)
-    for window, base in zip(transport.windows, (slot.base, slot.acpi_base), strict=True):
+    for window, base in zip(transport.windows, slot.windows, strict=False):
         mmio.claim(base, layout.VIRTIO_MMIO_SIZE, window)
         for index, fd in enumerate(transport.notify_fds):
             vm.add_ioeventfd(fd, base + QUEUE_NOTIFY, 4, index)

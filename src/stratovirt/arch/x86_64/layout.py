@@ -77,7 +77,7 @@ E820_RESERVED = 2
 class Slot:
     """One virtio-mmio slot: `base` is the command line's window, `acpi_base` the DSDT's, `irq` the GSI of both."""
 
-    __slots__ = ("acpi_base", "base", "irq", "number")
+    __slots__ = ("acpi_base", "base", "irq", "number", "windows")
 
     def __init__(self, number: int) -> None:
         if not 0 <= number < VIRTIO_SLOTS:
@@ -86,6 +86,7 @@ class Slot:
         self.base = VIRTIO_MMIO + VIRTIO_MMIO_SIZE * number
         self.acpi_base = VIRTIO_MMIO_ACPI + VIRTIO_MMIO_SIZE * number
         self.irq = VIRTIO_FIRST_IRQ + number
+        self.windows = (self.base, self.acpi_base)
 
 
 def slot(number: int) -> Slot:

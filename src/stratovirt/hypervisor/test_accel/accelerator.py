@@ -26,12 +26,6 @@ class TestWiring:
     def add_memory(self, region: RamRegion) -> None:
         self.regions.append(region)
 
-    def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None:
-        """There are none: lines are asked about with query_intx."""
-
-    def create_timer(self) -> None:
-        """There is none: it would tick for a processor."""
-
     def create_irqfd(self, gsi: int) -> InterruptLine:
         return self.lines.connect(gsi)
 
@@ -54,6 +48,9 @@ class TestAccelerator:
         self._ports = ports
         self._mmio = mmio
         self._peer = Peer(path, loop, on_hang_up)
+
+    def create_interrupt_chips(self) -> None:
+        """There are none: lines are asked about with query_intx, and no timer ticks for a processor."""
 
     def create_processors(self, boot: object) -> None:
         """There are none: the peer is what loads and stores."""

@@ -1,0 +1,1 @@
+"""What an arm64 board has: processors and GIC, the boot, PL011 and PL031."""

@@ -1,0 +1,107 @@
+"""The processors of an x86_64 machine with their interrupt chips and timer, as KVM makes them."""
+
+from __future__ import annotations
+
+from stratovirt.arch.x86_64 import cpuid, layout, registers
+from stratovirt.errors import ConfigError
+from stratovirt.hypervisor.kvm import _uapi as uapi
+from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
+from stratovirt.hypervisor.kvm.vm import KvmVm
+from stratovirt.machine.halt_watch import HaltWatch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stratovirt.config.vm import SmpConfig, VmConfig
+    from stratovirt.hypervisor.kvm.system import KvmSystem
+    from stratovirt.loop import EventLoop
+    from stratovirt.machine.vcpus import VcpuThreads
+
+
+class Processors:
+    """All processors of `vm`. Thread: the main loop's. Raises: ConfigError, HostError."""
+
+    def __init__(self, system: KvmSystem, config: VmConfig) -> None:
+        self.vm = KvmVm(system)
+        self.vcpus: list[KvmVcpu] = []
+        self._system = system
+        self._smp = config.smp
+
+    def create_interrupt_chips(self) -> None:
+        """PIC, IOAPIC, local APICs and PIT. After memory, before irqfds and vCPUs."""
+        self.vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
+        self.vm.create_timer()
+
+    def create(self) -> None:
+        """The vCPUs: the first is runnable, the others wait for their start-up IPI."""
+        self.vcpus = create_vcpus(self._system, self.vm, topology_of(self._smp), self._smp.max_cpus)
+
+    def reset(self) -> None:
+        """Back to where `create` left them. Call it while no vCPU runs."""
+        reset_processors(self._system, self.vm, self.vcpus)
+
+    def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
+        """Call `on_dead` when no processor can ever run again."""
+        HaltWatch(loop, threads, is_running, on_dead)
+
+
+def topology_of(smp: SmpConfig) -> cpuid.Topology:
+    """Clusters are an arm notion; on x86 they are more cores."""
+    return cpuid.Topology(smp.cpus, smp.dies, smp.cores * smp.clusters, smp.threads)
+
+
+def create_vcpus(system: KvmSystem, vm: KvmVm, topology: cpuid.Topology, max_cpus: int) -> list[KvmVcpu]:
+    """All vCPUs with CPUID, MSRs and local APIC set up; the first is runnable, the others wait for their start-up IPI."""
+    if topology.cpus > 1:
+        limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
+        if topology.cpus > limit:
+            raise ConfigError(f"this KVM has no more than {limit} vCPUs", option="-smp", value=str(topology.cpus))
+    mmap_size = system.vcpu_mmap_size()
+    tsc_deadline = system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER) > 0
+    tables = cpuid.vcpu_cpuid(system.supported_cpuid(), topology, max_cpus, tsc_deadline)
+    vcpus: list[KvmVcpu] = []
+    for apic_id, table in zip(topology.apic_ids, tables, strict=True):
+        vcpu = KvmVcpu(vm, apic_id, mmap_size)
+        vcpu.set_cpuid(table)
+        vcpu.set_msrs(registers.BOOT_MSRS)
+        vcpu.set_lapic(registers.virtual_wire_lapic(vcpu.get_lapic()))
+        vcpus.append(vcpu)
+    return vcpus
+
+
+def reset_processors(system: KvmSystem, vm: KvmVm, vcpus: list[KvmVcpu]) -> None:
+    """Interrupt chips, timer and vCPUs back to their state before the first instruction.
+
+    The values are read from a machine made for the purpose: KVM's own idea of a fresh processor, complete with the MSRs
+    that this KVM has. It costs a reset the 20 ms that KVM takes to close a machine with interrupt chips, and a start nothing.
+    """
+    fresh_vm = KvmVm(system)
+    try:
+        fresh_vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
+        fresh_vm.create_timer()
+        for chip in (uapi.KVM_IRQCHIP_PIC_MASTER, uapi.KVM_IRQCHIP_PIC_SLAVE, uapi.KVM_IRQCHIP_IOAPIC):
+            vm.set_interrupt_chip(fresh_vm.get_interrupt_chip(chip))
+        vm.set_timer(fresh_vm.get_timer())
+        mmap_size = system.vcpu_mmap_size()
+        msrs = system.msr_indices()
+        for vcpu in vcpus:
+            fresh = KvmVcpu(fresh_vm, vcpu.id, mmap_size)
+            try:
+                _copy_state(fresh, vcpu, msrs)
+            finally:
+                fresh.close()
+    finally:
+        fresh_vm.close()
+
+
+def _copy_state(fresh: KvmVcpu, vcpu: KvmVcpu, msrs: list[int]) -> None:
+    # The LAPIC comes before the MSRs, so that a pending TSC deadline is cleared in the mode that it was armed in, and
+    # the segment registers before the LAPIC, because they carry its base address and mode.
+    vcpu.set_mp_state(fresh.get_mp_state())
+    vcpu.set_sregs(fresh.get_sregs())
+    vcpu.set_lapic(registers.virtual_wire_lapic(fresh.get_lapic()))
+    vcpu.set_rest(fresh.get_rest())
+    vcpu.set_msrs(fresh.get_msrs(msrs))
+    vcpu.set_msrs(registers.BOOT_MSRS)
+    vcpu.set_regs(fresh.get_regs())
