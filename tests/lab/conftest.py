@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,6 +89,30 @@ def disk(tmp_path: Path) -> Path:
     copy = tmp_path / "disk.img"
     shutil.copyfile(initramfs.root_disk(), copy)
     return copy
+
+
+@pytest.fixture
+def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes ext4 file systems of so many MiB, which have O_DIRECT and holes, and mounts them."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting takes root")
+    mounted: list[Path] = []
+
+    def make(mebibytes: int) -> Path:
+        subprocess.run(["modprobe", "-q", "-a", "loop", "ext4"], check=False)  # a kernel may have them built in
+        folder, backing = tmp_path / f"fs{len(mounted)}", tmp_path / f"fs{len(mounted)}.ext4"
+        folder.mkdir()
+        with open(backing, "wb") as file:
+            file.truncate(mebibytes << 20)
+        for command in (["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", backing],
+                        ["mount", "-o", "loop", backing, folder]):
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,28 +28,6 @@ def make_image(path: Path, size: int) -> Path:
 
 def drive(image: Path, more: str = "", device: str = "", id: str = "data") -> tuple[str, ...]:
     return ("-drive", f"id={id},file={image}{more}", "-device", f"virtio-blk-device,drive={id},id={id}-disk{device}")
-
-
-@pytest.fixture
-def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes ext4 file systems of so many MiB, which have O_DIRECT and holes, and mounts them."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting takes root")
-    mounted: list[Path] = []
-
-    def make(mebibytes: int) -> Path:
-        subprocess.run(["modprobe", "-q", "-a", "loop", "ext4"], check=False)  # a kernel may have them built in
-        folder = tmp_path / f"fs{len(mounted)}"
-        folder.mkdir()
-        backing = make_image(tmp_path / f"fs{len(mounted)}.ext4", mebibytes * MEBIBYTE)
-        run("mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", backing)
-        run("mount", "-o", "loop", backing, folder)
-        mounted.append(folder)
-        return folder
-
-    yield make
-    for folder in mounted:
-        run("umount", folder)
 
 
 @pytest.fixture(scope="session")
