@@ -287,12 +287,10 @@ NOT_YET = [
     ("-device virtio-net-device,id=n,netdev=n,mq=on", "-device virtio-net-device,mq", "on"),
     ("-device virtio-net-device,id=n,netdev=n,rx-iothread=i", "-device virtio-net-device,rx-iothread", "i"),
     ("-device virtio-balloon-device,id=b,auto-balloon=true", "-device virtio-balloon-device,auto-balloon", "true"),
-    ("-device virtio-balloon-device,id=b,membuf-percent=50", "-device virtio-balloon-device,membuf-percent", "50"),
     ("-device vhost-user-fs-device,id=f,chardev=c,tag=share", "-device vhost-user-fs-device", "id=f,chardev=c,tag=share"),
     ("-device usb-kbd,id=k", "-device usb-kbd", "id=k"),
     ("-drive id=d,file=f,format=qcow2", "-drive format", "qcow2"),
     ("-drive file=f,if=pflash,unit=0", "-drive if", "pflash"),
-    ("-qmp unix:/q,server,nowait,iothread=i", "-qmp iothread", "i"),
     ("-numa node,nodeid=0", "-numa", "node,nodeid=0"),
     ("-smbios type=1", "-smbios", "type=1"),
     ('-blockdev {"driver":"file"}', "-blockdev", "{driver:file}"),
@@ -360,11 +358,27 @@ NET = "-netdev tap,id=n,ifname=tap0 -device virtio-net-device,id=eth0,netdev=n"
     (f"{NET} -device virtio-net-device,id=eth1,netdev=n", "the netdev n is used by eth0 already"),
     (f"{NET},iothread=i", "there is no iothread i"),
     (f"{DISK},iothread=i", "there is no iothread i"),
+    ("-qmp unix:/q,server,nowait,iothread=i", "there is no iothread i"),
+    ("-qmp tcp:127.0.0.1:1,server,nowait,iothread=j -object iothread,id=i", "there is no iothread j"),
     ("-object iothread,id=i -object iothread,id=i", "i has been added"),
     (" ".join(f"-object iothread,id=i{number}" for number in range(9)), "too many iothreads"),
 ])
 def test_a_network_that_cannot_be(line: str, message: str) -> None:
     assert message in refuse(f"-kernel k {line}").problem
+
+
+def test_what_means_nothing_here_is_checked_and_passed_over() -> None:
+    config = parse("-kernel k -object iothread,id=i -qmp unix:/q,server,nowait,iothread=i "
+                   "-drive id=d,file=f,l2-cache-size=1M,refcount-cache-size=32M -device virtio-blk-device,id=b,drive=d "
+                   "-device virtio-balloon-device,id=balloon,auto-balloon=false,membuf-percent=80,monitor-interval=5")
+    assert (config.qmp[0].path, config.qmp[0].iothread) == ("/q", "i")
+    for line, option in (("-drive id=d,file=f,l2-cache-size=33M", "-drive l2-cache-size"),
+                         ("-drive id=d,file=f,refcount-cache-size=x", "-drive refcount-cache-size"),
+                         ("-device virtio-balloon-device,id=b,membuf-percent=81",
+                          "-device virtio-balloon-device,membuf-percent"),
+                         ("-device virtio-balloon-device,id=b,monitor-interval=4",
+                          "-device virtio-balloon-device,monitor-interval")):
+        assert refuse(f"-kernel k {line}").option == option
 
 
 @pytest.mark.parametrize("line", [

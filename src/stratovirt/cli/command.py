@@ -248,13 +248,14 @@ def _taken(option: str, id: str) -> ConfigError:
 def _qmp(config: VmConfig, values: list[str]) -> None:
     monitor = read_group(options.QMP, values[0])
     scheme, _, address = monitor.string("endpoint").partition(":")
+    iothread = monitor.optional_string("iothread")
     if scheme == "unix":
-        config.qmp.append(QmpConfig(path=str(read_value(options.QMP_PATH, address, "-qmp unix:"))))
+        config.qmp.append(QmpConfig(path=str(read_value(options.QMP_PATH, address, "-qmp unix:")), iothread=iothread))
     elif scheme == "tcp":
         host, _, port = address.rpartition(":")
         read_value(options.QMP_HOST, host, "-qmp tcp:")
         number = read_value(options.QMP_PORT, port, "-qmp tcp:IP:")
-        config.qmp.append(QmpConfig(host=host, port=number if isinstance(number, int) else 0))
+        config.qmp.append(QmpConfig(host=host, port=number if isinstance(number, int) else 0, iothread=iothread))
     else:
         raise ConfigError("neither a unix socket nor TCP", option="-qmp", value=values[0], accepted=options.QMP_ACCEPTED)
     if not health.listens(monitor, "-qmp", values[0]):

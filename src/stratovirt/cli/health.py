@@ -145,6 +145,10 @@ def _check_devices(config: VmConfig) -> None:
     if len(config.iothreads) > options.MAX_IOTHREADS:
         raise ConfigError("too many iothreads", option="-object iothread,id", value=config.iothreads[options.MAX_IOTHREADS],
                           accepted=f"at most {options.MAX_IOTHREADS}")
+    for qmp in config.qmp:
+        if qmp.iothread is not None and qmp.iothread not in config.iothreads:
+            raise ConfigError(f"there is no iothread {qmp.iothread}", option="-qmp iothread", value=qmp.iothread,
+                              accepted=_ids("-object iothread", config.iothreads))
     port_users: set[str] = set()
     for device in config.devices:
         title = f"-device {device.driver}"

@@ -97,8 +97,8 @@ DRIVE = Group("-drive", "a disk image for a -device", keys=(
     Key("detect-zeroes", Choice("off", "on", "unmap"), "turn writes of zeroes into zeroed ranges, or with unmap into holes",
         "off"),
     Key("throttling.iops-total", Int(0, 1_000_000), "requests a second for each queue, 0 for no limit", 0),
-    Key("l2-cache-size", Size(0, 32 * MIB), "memory for qcow2 tables", works=()),
-    Key("refcount-cache-size", Size(0, 32 * MIB), "memory for qcow2 reference counts", works=()),
+    Key("l2-cache-size", Size(0, 32 * MIB), "memory for the tables of a qcow2 image; a raw one has none", ignored=True),
+    Key("refcount-cache-size", Size(0, 32 * MIB), "memory for the reference counts of a qcow2 image", ignored=True),
 ))
 
 _NEVER_WAITS = "the guest never waits for a client"
@@ -126,7 +126,7 @@ SERIALS = {kind: Group(f"-serial {kind}", help, keys) for kind, help, keys in _C
 QMP = Group("-qmp", "a QMP monitor on a socket", first="endpoint", keys=(
     Key("endpoint", String(4200), "unix:PATH or tcp:IP:PORT", required=True),
     *_LISTEN,
-    Key("iothread", _STRING, "the iothread that serves it", works=()),
+    Key("iothread", _STRING, "an iothread; commands are carried out on the main thread all the same", ignored=True),
 ))
 QMP_PATH = Key("unix", SocketPath(), "the unix socket")
 QMP_HOST = Key("tcp", Ipv4(), "the address to listen on")
@@ -231,8 +231,8 @@ DEVICES = {
         Key("deflate-on-oom", _STRICT, "give memory back before the guest runs out", False),
         Key("free-page-reporting", _STRICT, "the guest tells which pages are free", False),
         Key("auto-balloon", _STRICT, "inflate by the guest's own statistics", False, works=(False,)),
-        Key("membuf-percent", Int(20, 80), "memory to leave free, with auto-balloon", works=()),
-        Key("monitor-interval", Int(5, 300), "seconds between statistics, with auto-balloon", works=()),
+        Key("membuf-percent", Int(20, 80), "memory to leave free, with auto-balloon", 50, ignored=True),
+        Key("monitor-interval", Int(5, 300), "seconds between statistics, with auto-balloon", 10, ignored=True),
     )),
     "vhost-vsock-device": Group("-device vhost-vsock-device", "sockets between host and guest", (
         _ID,

@@ -120,15 +120,20 @@ class DeviceConfig:
 
 
 class QmpConfig:
-    """A QMP listener: a unix socket `path`, or `host` and `port`. `option` is what the user typed, for errors."""
+    """A QMP listener: a unix socket `path`, or `host` and `port`. `option` is what the user typed, for errors.
 
-    __slots__ = ("host", "option", "path", "port")
+    `iothread` must be there, and has nothing to do: what a command changes belongs to the main thread.
+    """
 
-    def __init__(self, path: str = "", host: str = "", port: int = 0, option: str = "-qmp") -> None:
+    __slots__ = ("host", "iothread", "option", "path", "port")
+
+    def __init__(self, path: str = "", host: str = "", port: int = 0, option: str = "-qmp",
+                 iothread: str | None = None) -> None:
         self.path = path
         self.host = host
         self.port = port
         self.option = option
+        self.iothread = iothread
 
 
 class VmConfig:
