@@ -170,12 +170,12 @@ def test_a_hundred_clients_in_turn_leave_nothing_behind(start):
 def test_a_tap_by_descriptor_goes_into_a_slot_and_out(start):
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         pytest.skip("no right to open /dev/net/tun")
-    from stratovirt.backends.tap import open_tap
+    from stratovirt.backends.tap import open_taps
     from stratovirt.config.vm import NetdevConfig
     from stratovirt.errors import ConfigError
 
     try:
-        tap = open_tap(NetdevConfig("t", "svtesttap0"))
+        tap = open_taps(NetdevConfig("t", "svtesttap0"))[0]
     except ConfigError as error:
         pytest.skip(str(error))
     program, connect = start()

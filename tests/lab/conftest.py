@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from guest import assets, initramfs  # noqa: E402
-from linux_guest import KERNELS, Guest  # noqa: E402
+from linux_guest import DEADLINE, KERNELS, Guest  # noqa: E402
+from networks import HOST, run  # noqa: E402
 
 # Where the tier runner reads, test by test, what has been done: the emulated host may die under us.
 PROGRESS = os.environ.get("STRATOVIRT_LAB_PROGRESS")
@@ -113,6 +114,30 @@ def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     for folder in mounted:
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def make_tap() -> Iterator[Callable[..., str]]:
+    """Makes taps, up and with the host's address, and deletes them after the test: `make_tap("multi_queue")`."""
+    made: list[str] = []
+
+    def make(*flags: str) -> str:
+        name = f"stratotest{len(made)}"
+        run("ip", "tuntap", "add", name, "mode", "tap", *flags)
+        made.append(name)
+        run("ip", "addr", "add", f"{HOST}/24", "dev", name)
+        run("ip", "link", "set", name, "up")
+        return name
+
+    yield make
+    for name in made:
+        subprocess.run(["ip", "link", "del", name], check=False, capture_output=True, timeout=DEADLINE)
+
+
+@pytest.fixture
+def tap(make_tap: Callable[..., str]) -> str:
+    """A tap of its own."""
+    return make_tap()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class Guest:
     """One run of the `stratovirt` command with its serial port on a pair of pipes.
 
     The console's bytes are kept whole (`console`) and in the log file; `stdout`, `stderr` and `status` are the guest
-    command's, taken out of them.
+    command's, taken out of them. `programs` are some of this machine's that the guest is to have.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Guest:
         extra: tuple[str, ...] = (),
         qmp: bool = False,
         descriptors: tuple[int, ...] = (),
+        programs: tuple[str, ...] = (),
     ) -> None:
         self.console = bytearray()
         self.stdout = bytearray()
@@ -64,6 +65,8 @@ class Guest:
         self._log = open(log, "wb")  # noqa: SIM115 - closed by close()
         self._monitor: QEMUMonitorProtocol | None = None
         self.qmp_path = folder / f"{log.stem[-20:]}.qmp"
+        if programs:
+            ram_disk = self._with_programs(folder, ram_disk, programs)
         append = f"{KERNEL_LINE} {words} {guest_console.kernel_words(command, end)}"
         line = [str(Path(sys.executable).parent / "stratovirt"), "-machine", "microvm", "-smp", str(smp), "-m", str(memory)]
         line += ["-kernel", str(kernel), "-initrd", str(ram_disk), "-append", append, "-serial", "stdio"]
@@ -86,6 +89,15 @@ class Guest:
         )
         self._reader = threading.Thread(target=self._read, name="console", daemon=True)
         self._reader.start()
+
+    @staticmethod
+    def _with_programs(folder: Path, ram_disk: Path, programs: tuple[str, ...]) -> Path:
+        """The initramfs with programs of this machine in it."""
+        from guest.programs import archive
+
+        larger = folder / f"{ram_disk.name}.{'.'.join(programs)}"
+        larger.write_bytes(ram_disk.read_bytes() + b"".join(archive(name) for name in programs))
+        return larger
 
     # What the guest says
 

@@ -72,7 +72,7 @@ class Board:
         if spare:
             self.config.drives["spare"] = DriveConfig("spare", self.image("spare", 6), direct=False)
         self.state, self.chardevs, self.iothreads, self.balloon = "running", {}, {}, None
-        self.hotplug = HotPlug(self.config, slots, self.hub, {})
+        self.hotplug = HotPlug(self.config, slots, self.hub, {}, self.drivers[0].memory)
         self.descriptors = Descriptors()
 
     def image(self, name: str, sectors: int = 8) -> str:

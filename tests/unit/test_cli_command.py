@@ -281,11 +281,7 @@ NOT_YET = [
     ("-machine q35", "-machine", "q35"),
     ("-machine none,accel=kvm:tcg", "-machine", "none"),
     ("-incoming file:/snapshot", "-incoming", "file:/snapshot"),
-    ("-netdev tap,id=n,ifname=tap0,queues=2", "-netdev tap,queues", "2"),
-    ("-netdev tap,id=n,ifname=tap0,vhost=on", "-netdev tap,vhost", "on"),
     ("-netdev vhost-user,id=n,chardev=c", "-netdev vhost-user", "id=n,chardev=c"),
-    ("-device virtio-net-device,id=n,netdev=n,mq=on", "-device virtio-net-device,mq", "on"),
-    ("-device virtio-net-device,id=n,netdev=n,rx-iothread=i", "-device virtio-net-device,rx-iothread", "i"),
     ("-device virtio-balloon-device,id=b,auto-balloon=true", "-device virtio-balloon-device,auto-balloon", "true"),
     ("-device vhost-user-fs-device,id=f,chardev=c,tag=share", "-device vhost-user-fs-device", "id=f,chardev=c,tag=share"),
     ("-device usb-kbd,id=k", "-device usb-kbd", "id=k"),
@@ -343,16 +339,33 @@ def test_kata_without_a_network_and_a_shared_directory() -> None:
 
 def test_kata_with_a_network() -> None:
     config = parse(f"{KATA} -netdev tap,id=eth0,fds=4 -device virtio-net-device,netdev=eth0,id=eth0,mac=02:42:ac:11:00:02")
-    assert (config.netdevs["eth0"].fd, config.netdevs["eth0"].ifname) == (4, "")
+    assert (config.netdevs["eth0"].fds, config.netdevs["eth0"].ifname) == ((4,), "")
     assert config.devices[-1].options.string("mac") == "02:42:ac:11:00:02"
 
 
 NET = "-netdev tap,id=n,ifname=tap0 -device virtio-net-device,id=eth0,netdev=n"
 
 
+def test_queue_pairs_and_vhost() -> None:
+    netdev = parse(f"-kernel k {NET.replace('ifname=tap0', 'fds=4:5,vhost=on,vhostfds=6:7')},mq=on,vectors=6").netdevs["n"]
+    assert (netdev.fds, netdev.queues, netdev.vhost, netdev.vhost_fds) == ((4, 5), 2, True, (6, 7))
+    netdev = parse(f"-kernel k {NET.replace('ifname=tap0', 'ifname=tap0,queues=2,vhost=on')}").netdevs["n"]
+    assert (netdev.ifname, netdev.queues, netdev.vhost, netdev.vhost_fds) == ("tap0", 2, True, ())
+
+
 @pytest.mark.parametrize(("line", "message"), [
     ("-netdev tap,id=n,fd=4,fds=5", "fd and fds are one key"),
-    ("-netdev tap,id=n,fds=4:5", "several queue pairs are not supported yet"),
+    ("-netdev tap,id=n,fds=4:4", "a descriptor is named twice"),
+    ("-netdev tap,id=n,fd=4 -netdev tap,id=m,fds=5:4", "a descriptor is named twice"),
+    ("-netdev tap,id=n,fd=4,vhost=on,vhostfd=4", "a descriptor is named twice"),
+    ("-netdev tap,id=n,fds=3-19", "too many queue pairs"),
+    ("-netdev tap,id=n,fds=4:5,queues=3", "3 queue pairs and 2 descriptors"),
+    ("-netdev tap,id=n,ifname=t,vhostfd=4", "Argument 'vhostfd' or 'vhostfds' are not needed for virtio-net device"),
+    ("-netdev tap,id=n,ifname=t,vhost=on,vhostfd=4,vhostfds=4", "vhostfd and vhostfds are one key"),
+    ("-netdev tap,id=n,fds=4:5,vhost=on,vhostfds=6", "The num of vhostfds must equal to fds"),
+    (f"{NET},mq=off".replace("ifname=tap0", "fds=4:5"), "the netdev n has 2 queue pairs"),
+    (f"{NET},rx-iothread=i", "there is no iothread i"),
+    (f"{NET},tx-iothread=i", "there is no iothread i"),
     ("-netdev tap,id=n,ifname=a -netdev tap,id=n,ifname=b", "n has been added"),
     ("-device virtio-net-device,id=eth0,netdev=n", "there is no netdev n"),
     (f"{NET} -device virtio-net-device,id=eth1,netdev=n", "the netdev n is used by eth0 already"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from stratovirt.arch.x86_64 import layout
 from stratovirt.backends.tap import Tap
 from stratovirt.config.vm import NetdevConfig
 from stratovirt.control.commands import COMMANDS, EVENTS
-from stratovirt.machine import hotplug as hotplug_module
+from stratovirt.machine import net_backend
 from stratovirt.machine.drivers import BLOCK, NET
 from stratovirt.machine.hotplug import MAX_BACKENDS
 from stratovirt.machine.slots import empty_slots
@@ -31,6 +32,7 @@ def board(tmp_path):
 
 
 def files_open() -> int:
+    gc.collect()  # what earlier tests have left
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -152,7 +154,7 @@ def test_slots_are_chosen_by_addr_then_lun_then_the_first_that_is_free(board):
     ({"driver": "virtio-blk-mmio", "drive": "free", "colour": "red"}, None),
 ])
 def test_device_add_says_what_is_wrong_and_changes_nothing(board, monkeypatch, arguments, answer):
-    monkeypatch.setattr(hotplug_module, "open_tap", lambda config: SocketTap(config.ifname))
+    monkeypatch.setattr(net_backend, "open_taps", lambda config: [SocketTap(config.ifname)])
     board.blockdev_add("used", board.image("used"))
     board.ask("device_add", id="used", driver="virtio-blk-mmio", drive="used", addr="1")
     board.blockdev_add("free", board.image("free"))
@@ -263,11 +265,12 @@ def test_unknown_devices_cannot_be_taken_out(board, id):
 def taps(monkeypatch):
     opened: list[SocketTap] = []
 
-    def open_tap(config: NetdevConfig) -> Tap:
-        opened.append(SocketTap(config.ifname or f"fd{config.fd}"))
-        return opened[-1]
+    def open_taps(config: NetdevConfig) -> list[Tap]:
+        new = [SocketTap(config.ifname or f"fd{config.fds}") for _ in range(config.queues)]
+        opened.extend(new)
+        return list(new)
 
-    monkeypatch.setattr(hotplug_module, "open_tap", open_tap)
+    monkeypatch.setattr(net_backend, "open_taps", open_taps)
     return opened
 
 
@@ -323,7 +326,7 @@ def test_a_tap_that_came_as_a_descriptor_cannot_be_opened_again(board, taps):
     reader, writer = os.pipe()
     board.descriptors.arrive([reader])
     assert board.ask("getfd", fdname="tap-fd") == {}
-    assert board.ask("netdev_add", id="n", fds="0:1:tap-fd", vhost=False, queues=2) == {}
+    assert board.ask("netdev_add", id="n", fds="tap-fd", vhost=False) == {}
     assert board.ask("device_add", id="n", driver="virtio-net-mmio", netdev="n") == {}
     assert board.ask("device_del", id="n") == {}
     assert "was closed when its device was taken out" in board.ask("device_add", id="n", driver="virtio-net-mmio", netdev="n")
@@ -336,7 +339,12 @@ def test_a_tap_that_came_as_a_descriptor_cannot_be_opened_again(board, taps):
     ({"fd": "none"}, "File descriptor named 'none' not found"), ({"fds": "7:"}, "named '' not found"),
     ({"fd": "-1"}, "not found"), ({"fd": "1" * 4000}, "not found"), ({"fd": "0"}, "not found"),
     ({"fd": "2147483648"}, "not found"), ({"fd": "999999"}, "no such descriptor"), ({"fd": "LOOP"}, "is not a tap"),
-    ({"ifname": "x", "type": "vhost-user"}, "cannot be plugged in"), ({"ifname": "x", "vhost": True}, "vhost cannot"),
+    ({"ifname": "x", "type": "vhost-user"}, "cannot be plugged in"), ({"ifname": "x", "fd": "7"}, "conflict"),
+    ({"fd": "7", "fds": "8"}, "fd is conflict with fds"), ({"ifname": "x", "queues": 0}, "`queues`"),
+    ({"ifname": "x", "queues": 17}, "`queues`"), ({"fds": "7:8", "queues": 3}, "as many as"),
+    ({"fds": ":".join(["7"] * 17)}, "at most 16"), ({"fds": "7:7"}, "named twice"),
+    ({"ifname": "x", "vhostfd": "7"}, "not needed"), ({"ifname": "x", "vhost": True, "vhostfds": "7:8"}, "must equal to fds"),
+    ({"ifname": "x", "vhost": True, "vhostfd": "none"}, "File descriptor named 'none' not found"),
     ({"ifname": "x" * 16}, "not a name of a network interface"), ({"ifname": "a", "id": ""}, "1 to 255"),
 ])
 def test_netdev_add_says_what_is_wrong(board, arguments, word):

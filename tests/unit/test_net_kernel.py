@@ -65,8 +65,8 @@ class Relay:
 
     def __init__(self, features: int | None) -> None:
         self.loop = EventLoop()
-        self.tap = tap.open_tap(NetdevConfig("n", OURS))
-        self.far = tap.open_tap(NetdevConfig("f", THEIRS))
+        self.tap = tap.open_taps(NetdevConfig("n", OURS))[0]
+        self.far = tap.open_taps(NetdevConfig("f", THEIRS))[0]
         self.errors: list[StratoVirtError] = []
         self.device = VirtioNet(self.tap, bytes.fromhex(MAC.replace(":", "")), self.loop, on_error=self.errors.append)
         self.memory = vd.guest_memory(8 << 20)

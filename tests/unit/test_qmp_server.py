@@ -23,6 +23,7 @@ from stratovirt.control.server import LeakyBucket
 from stratovirt.errors import ConfigError, HostError, StateError
 from stratovirt.loop import EventLoop
 from stratovirt.machine.hotplug import HotPlug
+from unit.virtio_driver import guest_memory
 
 SOURCES = os.path.dirname(os.path.dirname(stratovirt.__file__))
 GREETING = {"QMP": {"version": {"qemu": {"micro": 1, "minor": 0, "major": 5}, "package": "StratoVirt-2.5.0"},
@@ -58,7 +59,7 @@ class Machine:
         self.chardevs = {"serial0": Console()}
         self.iothreads = {}
         self.balloon = None
-        self.hotplug = HotPlug(self.config, [], self.events, {})
+        self.hotplug = HotPlug(self.config, [], self.events, {}, guest_memory())
 
     def vcpu_thread_ids(self):
         return [101, 102, 103, 104]

@@ -109,24 +109,43 @@ class NoTap(Tap):
         """Nothing is open."""
 
 
-def open_tap(netdev: NetdevConfig) -> Tap:
-    """The tap of a `-netdev tap`, by name or by a descriptor, which stays the caller's after an error. Raises: ConfigError."""
-    if netdev.fd is None:
-        fd, name = _open_by_name(netdev.ifname), netdev.ifname
-    else:
-        fd, name = netdev.fd, _adopt(netdev.fd)
+def open_taps(netdev: NetdevConfig) -> list[Tap]:
+    """The queues of the tap of a `-netdev tap`, by name or by descriptors, which stay the caller's after an error.
+
+    Raises: ConfigError.
+    """
+    several = netdev.queues > 1
+    opened: list[int] = []
+    try:
+        taps: list[Tap] = []
+        for fd in netdev.fds:
+            taps.append(_set_up(fd, _adopt(fd, several)))
+            if taps[-1].name != taps[0].name:
+                raise ConfigError(f"a queue of {taps[-1].name}, and the first is one of {taps[0].name}",
+                                  option="-netdev tap,fds", value=str(fd), accepted="queues of the same tap")
+        for _ in range(0 if netdev.fds else netdev.queues):
+            opened.append(_open_by_name(netdev.ifname, several))
+            taps.append(_set_up(opened[-1], netdev.ifname))
+    except ConfigError:
+        for fd in opened:
+            os.close(fd)
+        raise
+    for fd in netdev.fds:
+        os.set_inheritable(fd, False)
+    return taps
+
+
+def _set_up(fd: int, name: str) -> Tap:
     try:
         fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("=i", HEADER_SIZE))
         ufo = _knows_ufo(fd)
     except OSError as error:
-        if netdev.fd is None:
-            os.close(fd)
         raise ConfigError(f"the tap cannot carry offloads: {os.strerror(error.errno or 0)}", option="-netdev tap",
                           value=name) from error
     return Tap(fd, name, ufo)
 
 
-def _open_by_name(name: str) -> int:
+def _open_by_name(name: str, several: bool) -> int:
     option = "-netdev tap,ifname"
     encoded = os.fsencode(name)
     if len(encoded) >= IFNAMSIZ or b"/" in encoded or b"%" in encoded:
@@ -138,22 +157,28 @@ def _open_by_name(name: str) -> int:
         raise ConfigError(f"cannot open /dev/net/tun: {os.strerror(error.errno or 0)}", option=option, value=name,
                           accepted="a host with the tun module and the right to use it") from error
     try:
-        fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(encoded, _WANTED))
+        fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(encoded, _WANTED | (IFF_MULTI_QUEUE if several else 0)))
     except OSError as error:
         os.close(fd)
         why = {
             errno.EBUSY: "another process has this tap open",
             errno.EPERM: "this user may neither use this tap nor create it",
-            errno.EINVAL: "this is not a tap with a single queue",
+            errno.EINVAL: f"this is not a tap with {_queues(several)}",
         }.get(error.errno or 0, os.strerror(error.errno or 0))
-        raise ConfigError(why, option=option, value=name,
-                          accepted="a tap of this user (ip tuntap add NAME mode tap user USER), or CAP_NET_ADMIN") from error
+        kind = " multi_queue" if several else ""
+        raise ConfigError(why, option=option, value=name, accepted=f"a tap of this user (ip tuntap add NAME mode tap{kind} "
+                          "user USER), or CAP_NET_ADMIN") from error
     return fd
 
 
-def _adopt(fd: int) -> str:
+def _queues(several: bool) -> str:
+    return "several queues" if several else "a single queue"
+
+
+def _adopt(fd: int, several: bool) -> str:
     """Check that an inherited descriptor is a tap as we use it; the device's name."""
-    option, accepted = "-netdev tap,fd", "an inherited descriptor of a tap with IFF_NO_PI and IFF_VNET_HDR, of a single queue"
+    option = "-netdev tap,fd"
+    accepted = f"an inherited descriptor of a tap with IFF_NO_PI and IFF_VNET_HDR, of {_queues(several)}"
     try:
         name, flags = _IFREQ.unpack(fcntl.ioctl(fd, TUNGETIFF, bytes(_IFREQ.size)))
     except (OSError, OverflowError) as error:
@@ -161,11 +186,13 @@ def _adopt(fd: int) -> str:
         raise ConfigError("the descriptor is not a tap" if is_open else "no such descriptor is open", option=option,
                           value=str(fd), accepted=accepted) from error
     # IFF_NO_PI cannot be checked: to TUNGETIFF the same bit says that no socket filter is attached.
-    if flags & (IFF_TAP | IFF_VNET_HDR | IFF_MULTI_QUEUE) != IFF_TAP | IFF_VNET_HDR:
-        missing = [word for bit, word in ((IFF_TAP, "IFF_TAP"), (IFF_VNET_HDR, "IFF_VNET_HDR")) if not flags & bit]
+    needed = [(IFF_TAP, "IFF_TAP"), (IFF_VNET_HDR, "IFF_VNET_HDR")]
+    if several:
+        needed.append((IFF_MULTI_QUEUE, "IFF_MULTI_QUEUE"))
+    missing = [word for bit, word in needed if not flags & bit]
+    if missing or (flags & IFF_MULTI_QUEUE and not several):
         why = f"opened without {', '.join(missing)}" if missing else "opened with IFF_MULTI_QUEUE"
         raise ConfigError(f"the tap was {why}", option=option, value=str(fd), accepted=accepted)
-    os.set_inheritable(fd, False)
     return os.fsdecode(name.partition(b"\0")[0])
 
 

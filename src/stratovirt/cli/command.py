@@ -196,11 +196,15 @@ def _objects(config: VmConfig, values: list[str]) -> None:
 
 
 def _netdevs(config: VmConfig, values: list[str]) -> None:
+    if not values:
+        return
+    from stratovirt.cli.taps import read_tap
+
     for text in values:
         group, rest = _choose(text, options.NETDEVS, "-netdev", "no such kind of network back end")
         netdev = read_group(group, rest)
         id = _new_id(netdev, config.netdevs, "-netdev")
-        config.netdevs[id] = health.read_tap(id, netdev, text)
+        config.netdevs[id] = read_tap(id, netdev, text, config.netdevs.values())
 
 
 def _chardevs(config: VmConfig, values: list[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from stratovirt.cli.suboptions import read_group
 from stratovirt.config import options
 from stratovirt.config.schema import Group, OptionValues
-from stratovirt.config.vm import CharDeviceConfig, NetdevConfig, QmpConfig, VmConfig
+from stratovirt.config.vm import CharDeviceConfig, QmpConfig, VmConfig
 from stratovirt.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -34,24 +34,6 @@ def read_chardev(group: Group, text: str) -> CharDeviceConfig:
                           accepted="path=PATH, or port=N and host=IP")
     host = values.optional_string("host") or "0.0.0.0"
     return CharDeviceConfig(id, kind, path or "", host if port else "", port or 0, listens(values, group.title, text))
-
-
-def read_tap(id: str, values: OptionValues, text: str) -> NetdevConfig:
-    """The tap that a `-netdev tap` describes. Raises: ConfigError."""
-    fd = values.optional_integer("fd")
-    if "fds" in values.given:
-        fds = values.integers("fds")
-        if fd is not None:
-            raise ConfigError("fd and fds are one key", option="-netdev tap", value=text, accepted="one of them")
-        if len(fds) > 1:
-            raise ConfigError("several queue pairs are not supported yet", option="-netdev tap,fds", value=text,
-                              accepted="one descriptor")
-        fd = fds[0]
-    ifname = values.optional_string("ifname") or ""
-    if fd is None and not ifname:
-        raise ConfigError("Tap device is missing, use 'ifname' or 'fd' to configure a tap device", option="-netdev tap",
-                          value=text, accepted="ifname=NAME or fd=N")
-    return NetdevConfig(id, ifname, fd)
 
 
 def listens(values: OptionValues, option: str, text: str) -> bool:
@@ -163,6 +145,8 @@ def _check_devices(config: VmConfig) -> None:
             drive_users[drive] = device.id
             _check_iothread(config, device.options, title)
         elif device.driver == "virtio-net-device":
+            from stratovirt.cli.taps import check_pairs
+
             netdev = device.options.string("netdev")
             if netdev not in config.netdevs:
                 raise ConfigError(f"there is no netdev {netdev}", option=f"{title},netdev", value=netdev,
@@ -171,7 +155,9 @@ def _check_devices(config: VmConfig) -> None:
                 raise ConfigError(f"the netdev {netdev} is used by {netdev_users[netdev]} already", option=f"{title},netdev",
                                   value=netdev, accepted="a netdev of its own for each device")
             netdev_users[netdev] = device.id
-            _check_iothread(config, device.options, title)
+            for key in ("iothread", "rx-iothread", "tx-iothread"):
+                _check_iothread(config, device.options, title, key)
+            check_pairs(config.netdevs[netdev], device.options, title)
         elif device.driver == "virtio-rng-device":
             rng = device.options.string("rng")
             if rng not in config.rng_backends:
@@ -194,10 +180,10 @@ def _check_devices(config: VmConfig) -> None:
         number_ports(config.devices)
 
 
-def _check_iothread(config: VmConfig, values: OptionValues, title: str) -> None:
-    iothread = values.optional_string("iothread")
+def _check_iothread(config: VmConfig, values: OptionValues, title: str, key: str = "iothread") -> None:
+    iothread = values.optional_string(key)
     if iothread is not None and iothread not in config.iothreads:
-        raise ConfigError(f"there is no iothread {iothread}", option=f"{title},iothread", value=iothread,
+        raise ConfigError(f"there is no iothread {iothread}", option=f"{title},{key}", value=iothread,
                           accepted=_ids("-object iothread", config.iothreads))
 
 

@@ -34,6 +34,7 @@ MIN_MEMORY = 128 * MIB
 MAX_MEMORY = 512 * GIB
 MEMORY_GRANULE = 4096
 MAX_QUEUES = 32
+MAX_QUEUE_PAIRS = 16
 MAX_IOTHREADS = 8
 SERIAL_NUMBER_SIZE = 20
 
@@ -152,12 +153,12 @@ NETDEVS = {
         _ID,
         Key("ifname", _STRING, "name of the tap device; it is created if need be"),
         Key("fd", _FD, "an inherited descriptor of a tap opened with IFF_NO_PI and IFF_VNET_HDR"),
-        Key("fds", IntList(1 << 20), "the same, one for each queue pair"),
+        Key("fds", IntList(1 << 20), "the same, one for each queue pair; opened with IFF_MULTI_QUEUE if they are several"),
         Key("path", Path(), "path of an auxiliary device", works=()),
-        Key("queues", Int(1, 16), "queue pairs", 1, works=(1,)),
-        Key("vhost", _BOOL, "let the host kernel move the packets", False, works=(False,)),
-        Key("vhostfd", _FD, "an open /dev/vhost-net descriptor", works=()),
-        Key("vhostfds", IntList(1 << 20), "open /dev/vhost-net descriptors", works=()),
+        Key("queues", Int(1, MAX_QUEUE_PAIRS), "queue pairs; as many as fds if those are given", 1),
+        Key("vhost", _BOOL, "let the host kernel move the packets", False),
+        Key("vhostfd", _FD, "an open /dev/vhost-net descriptor, with vhost=on"),
+        Key("vhostfds", IntList(1 << 20), "the same, one for each queue pair"),
         Key("macnat", _BOOL, "translate MAC addresses", False, works=(False,)),
     )),
 }
@@ -200,9 +201,9 @@ DEVICES = {
         Key("netdev", _STRING, "the id of its -netdev", required=True),
         Key("mac", Mac(), "MAC address; 52:54:00:12:34:56 and upwards if left out"),
         Key("iothread", _STRING, "the iothread that serves it"),
-        Key("rx-iothread", _STRING, "the iothread for received packets", works=()),
-        Key("tx-iothread", _STRING, "the iothread for sent packets", works=()),
-        Key("mq", _BOOL, "several queue pairs", False, works=(False,)),
+        Key("rx-iothread", _STRING, "the iothread for received packets, before iothread"),
+        Key("tx-iothread", _STRING, "the iothread for sent packets, before iothread"),
+        Key("mq", _BOOL, "several queue pairs; if left out, as many as the netdev has"),
         Key("queue-size", PowerOfTwo(256, 4096), "descriptors in a queue", 256),
         Key("vectors", Int(0, U32_MAX), "interrupt vectors", ignored=True),
     )),

@@ -78,14 +78,21 @@ class RngBackendConfig:
 
 
 class NetdevConfig:
-    """`-netdev tap`: the device by its name, or by an inherited descriptor, which then counts."""
+    """`-netdev tap`: the device by its name, or by inherited descriptors of its queues, one for each pair, which then count.
 
-    __slots__ = ("fd", "id", "ifname")
+    With `vhost` the kernel serves the pairs; `vhost_fds` are open /dev/vhost-net descriptors, none or one for each pair.
+    """
 
-    def __init__(self, id: str, ifname: str = "", fd: int | None = None) -> None:
+    __slots__ = ("fds", "id", "ifname", "queues", "vhost", "vhost_fds")
+
+    def __init__(self, id: str, ifname: str = "", fds: tuple[int, ...] = (), queues: int = 1, vhost: bool = False,
+                 vhost_fds: tuple[int, ...] = ()) -> None:
         self.id = id
         self.ifname = ifname
-        self.fd = fd
+        self.fds = fds
+        self.queues = len(fds) or queues
+        self.vhost = vhost
+        self.vhost_fds = vhost_fds
 
 
 class RamConfig:

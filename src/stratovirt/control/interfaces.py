@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from stratovirt.config.options import MAX_QUEUE_PAIRS
 from stratovirt.config.vm import NetdevConfig
 from stratovirt.control.protocol import DEVICE_NOT_FOUND, QmpError
 from stratovirt.control.table import Command, DescriptorCommand
@@ -27,32 +28,50 @@ def _netdev_add(machine: MachineView, arguments: dict[str, Any], descriptors: De
         raise QmpError(f"`id` must have 1 to {_ID_LIMIT} bytes")
     if arguments.get("type", "tap") != "tap":
         raise QmpError(f"`type` {arguments['type']} cannot be plugged in: a microVM takes taps")
-    if arguments.get("vhost"):
-        raise QmpError("vhost cannot be plugged in: the interface in the slot is served by this process")
-    text = arguments["fds"].rpartition(":")[2] if "fds" in arguments else arguments.get("fd")
-    if text is None:
-        _add_by_name(machine, id, arguments.get("ifname", ""))
-        return {}
-    fd = descriptors.take(text)
-    if fd is None:
-        machine.hotplug.add_netdev(NetdevConfig(id, fd=_number(text)))
-        return {}
+    fd_texts, vhost_texts = (_texts(arguments, name) for name in ("fd", "vhostfd"))
+    ifname, vhost, queues = arguments.get("ifname", ""), arguments.get("vhost", False), arguments.get("queues", 1)
+    if fd_texts and "ifname" in arguments:
+        raise QmpError("fd is conflict with ifname")
+    if not fd_texts and (not ifname or "\0" in ifname or any("\ud800" <= letter <= "\udfff" for letter in ifname)):
+        raise QmpError("`ifname`, `fd` or `fds` must name a tap")
+    if not 1 <= queues <= MAX_QUEUE_PAIRS or (fd_texts and "queues" in arguments and queues != len(fd_texts)):
+        raise QmpError(f"`queues` must be 1 to {MAX_QUEUE_PAIRS}, and as many as there are fds")
+    if vhost_texts and not vhost:
+        raise QmpError("Argument 'vhostfd' or 'vhostfds' are not needed for virtio-net device")
+    if vhost_texts and len(vhost_texts) != (len(fd_texts) or queues):
+        raise QmpError("The num of vhostfds must equal to fds")
+    taken: list[int] = []
     try:
-        machine.hotplug.add_netdev(NetdevConfig(id, fd=fd))
+        fds, vhost_fds = (tuple(_find(text, descriptors, taken) for text in texts) for texts in (fd_texts, vhost_texts))
+        if len({*fds, *vhost_fds}) < len(fds) + len(vhost_fds):
+            raise QmpError("a descriptor is named twice")
+        machine.hotplug.add_netdev(NetdevConfig(id, ifname, fds, queues, vhost, vhost_fds))
     except StratoVirtError:
-        os.close(fd)
+        for fd in taken:
+            os.close(fd)
         raise
     return {}
 
 
-def _add_by_name(machine: MachineView, id: str, name: str) -> None:
-    if not name or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise QmpError("`ifname`, `fd` or `fds` must name a tap")
-    machine.hotplug.add_netdev(NetdevConfig(id, name))
+def _texts(arguments: dict[str, Any], name: str) -> list[str]:
+    """The names or numbers of descriptors, in the argument `name` or its plural."""
+    several = f"{name}s"
+    if several not in arguments:
+        return [arguments[name]] if name in arguments else []
+    if name in arguments:
+        raise QmpError(f"{name} is conflict with {several}")
+    texts: list[str] = arguments[several].split(":")
+    if len(texts) > MAX_QUEUE_PAIRS:
+        raise QmpError(f"`{several}` must be at most {MAX_QUEUE_PAIRS}, one for each queue pair")
+    return texts
 
 
-def _number(text: str) -> int:
-    """The descriptor that `text` is the number of, when it is not a name of getfd."""
+def _find(text: str, descriptors: Descriptors, taken: list[int]) -> int:
+    """The descriptor of that name, which is ours from now on and goes into `taken`; or else of that number, inherited."""
+    fd = descriptors.take(text)
+    if fd is not None:
+        taken.append(fd)
+        return fd
     if not text.isascii() or not text.isdigit() or len(text) > 10 or not 2 < int(text) <= _MAX_FD:
         raise QmpError(f"File descriptor named '{text[:100]}' not found")
     return int(text)
@@ -76,12 +95,13 @@ COMMANDS = (
         Member("id", STR, "The name that device_add and netdev_del use."),
         Member("ifname", STR, "The name of the tap; it is created if need be.", True),
         Member("fd", STR, "A tap's descriptor: a name of getfd, or the number of one that was inherited.", True),
-        Member("fds", STR, "Several, joined by colons; the last counts.", True),
+        Member("fds", STR, "The same for several queue pairs, joined by colons.", True),
         Member("type", STR, "`tap`.", True),
-        Member("queues", UINT16, "No effect: the slot has one queue pair.", True),
-        Member("vhost", BOOL, "false.", True),
-        *(Member(name, STR, "No effect.", True)
-          for name in ("vhostfd", "vhostfds", "dnssearch", "script", "downscript", "chardev")),
+        Member("queues", UINT16, "Queue pairs, 1 to 16; the slot must have as many.", True),
+        Member("vhost", BOOL, "Let the host kernel move the packets.", True),
+        Member("vhostfd", STR, "An open /dev/vhost-net, named like `fd`; with `vhost`.", True),
+        Member("vhostfds", STR, "The same, one for each queue pair, joined by colons.", True),
+        *(Member(name, STR, "No effect.", True) for name in ("dnssearch", "script", "downscript", "chardev")),
         Member("macnat", BOOL, "No effect.", True))),
     Command("netdev_del", _netdev_del, "Close a tap that no device uses, and forget its name.",
             arguments=(Member("id", STR, "Its name."),)),

@@ -42,10 +42,10 @@ class Surroundings:
         self.balloon: VirtioBalloon | None = None
         self._macs = 0
 
-    def loop_of(self, device: DeviceConfig) -> EventLoop:
-        """The loop that owns a device: its iothread's, else the main one."""
-        has_key = device.driver in _ON_IOTHREADS
-        iothread = device.options.optional_string("iothread") if has_key else None
+    def loop_of(self, device: DeviceConfig, key: str = "iothread") -> EventLoop:
+        """The loop that owns a device: its iothread's, else the main one. With another `key` one that has a part of it."""
+        options = device.options if device.driver in _ON_IOTHREADS else None
+        iothread = (options.optional_string(key) or options.optional_string("iothread")) if options is not None else None
         return self.iothreads[iothread].loop if iothread is not None else self.loop
 
     def next_mac(self) -> bytes:
@@ -78,15 +78,16 @@ def _net_reporter(id: str) -> Callable[[StratoVirtError], None]:
 
 
 def _create_net(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
-    from stratovirt.backends.tap import open_tap
+    from stratovirt.machine.net_backend import open_net_backend
     from stratovirt.virtio.net import VirtioNet
 
     options = device.options
     own = around.next_mac()
     mac = options.optional_string("mac")
-    tap = open_tap(around.config.netdevs[options.string("netdev")])
-    return VirtioNet(tap, bytes.fromhex(mac.replace(":", "")) if mac else own, around.loop_of(device),
-                     options.integer("queue-size"), _net_reporter(device.id))
+    backend = open_net_backend(around.config.netdevs[options.string("netdev")], around.memory)
+    return VirtioNet(backend.taps, bytes.fromhex(mac.replace(":", "")) if mac else own, around.loop_of(device),
+                     options.integer("queue-size"), _net_reporter(device.id), backend.vhosts,
+                     around.loop_of(device, "rx-iothread"), around.loop_of(device, "tx-iothread"))
 
 
 def _create_rng(around: Surroundings, device: DeviceConfig) -> VirtioDevice:

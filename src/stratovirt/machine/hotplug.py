@@ -20,8 +20,9 @@ Thread: the main loop's.
 from __future__ import annotations
 
 from stratovirt.backends.block import NoImage, RawImage
-from stratovirt.backends.tap import NoTap, open_tap
+from stratovirt.backends.tap import NoTap
 from stratovirt.errors import ConfigError, StratoVirtError
+from stratovirt.machine.net_backend import NetBackend, open_net_backend
 from stratovirt.virtio.block import VirtioBlock
 from stratovirt.virtio.net import VirtioNet
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import TypeVar
 
-    from stratovirt.backends.tap import Tap
     from stratovirt.config.vm import DriveConfig, NetdevConfig, VmConfig
     from stratovirt.iothread import IoThread
     from stratovirt.machine.events import EventHub
     from stratovirt.machine.slots import OccupiedSlot
+    from stratovirt.memory import GuestMemory
 
     Result = TypeVar("Result")
 
@@ -65,11 +66,11 @@ class BlockNode:
 class Netdev:
     """A tap by its name, like BlockNode."""
 
-    __slots__ = ("config", "device", "taken_out", "tap")
+    __slots__ = ("backend", "config", "device", "taken_out")
 
-    def __init__(self, config: NetdevConfig, tap: Tap | None, device: str = "") -> None:
+    def __init__(self, config: NetdevConfig, backend: NetBackend | None, device: str = "") -> None:
         self.config = config
-        self.tap = tap  # None: not open
+        self.backend = backend  # None: not open
         self.device = device
         self.taken_out = False
 
@@ -77,7 +78,9 @@ class Netdev:
 class HotPlug:
     """The replaceable slots of one machine, and the back ends that are in them or wait outside."""
 
-    def __init__(self, config: VmConfig, slots: list[OccupiedSlot], events: EventHub, iothreads: dict[str, IoThread]) -> None:
+    def __init__(self, config: VmConfig, slots: list[OccupiedSlot], events: EventHub, iothreads: dict[str, IoThread],
+                 memory: GuestMemory) -> None:
+        self._memory = memory
         self._slots = {occupied.slot.number: occupied for occupied in slots}
         self._events = events
         self._nodes = {drive.id: BlockNode(drive, None) for drive in config.drives.values()}
@@ -96,7 +99,7 @@ class HotPlug:
                 self._nodes[drive.id] = BlockNode(drive, there.image, device.id)
             else:
                 netdev = config.netdevs[device.options.string("netdev")]
-                self._netdevs[netdev.id] = Netdev(netdev, there.tap, device.id)
+                self._netdevs[netdev.id] = Netdev(netdev, NetBackend(there.taps, there.vhosts), device.id)
 
     def _on_its_loop(self, occupied: OccupiedSlot, change: Callable[[], Result]) -> Result:
         """Call `change` on the loop that owns the device in a slot. Raises: as it does; StateError when the loop is stuck."""
@@ -181,16 +184,25 @@ class HotPlug:
     # -- network interfaces
 
     def add_netdev(self, config: NetdevConfig) -> None:
-        """Open a tap. Raises: HotPlugError, ConfigError; a descriptor in `config` then stays the caller's."""
+        """Open a tap. Raises: HotPlugError, ConfigError; descriptors in `config` then stay the caller's."""
         old = self._netdevs.get(config.id)
         if old is not None and not old.taken_out:
             raise HotPlugError(f"Netdev {config.id} has been added")
-        taps = [netdev.tap for netdev in self._netdevs.values() if netdev.tap is not None]
-        if any(tap.fd == config.fd for tap in taps) or (config.ifname and any(tap.name == config.ifname for tap in taps)):
+        backends = [netdev.backend for netdev in self._netdevs.values() if netdev.backend is not None]
+        in_use = {fd for backend in backends for fd in backend.descriptors}
+        names = {backend.taps[0].name for backend in backends}
+        if not in_use.isdisjoint((*config.fds, *config.vhost_fds)) or (not config.fds and config.ifname in names):
             raise HotPlugError("Tap device already in use")
         if not _make_room(self._netdevs, config.id):
             raise HotPlugError(f"There are {MAX_BACKENDS} netdevs already.")
-        self._netdevs[config.id] = Netdev(config, _open_tap(config))
+        self._netdevs[config.id] = Netdev(config, self._open_backend(config))
+
+    def _open_backend(self, netdev: NetdevConfig) -> NetBackend:
+        try:
+            return open_net_backend(netdev, self._memory)
+        except ConfigError as error:
+            raise ConfigError(error.problem, option=error.option.removeprefix("-netdev "), value=error.value,
+                              accepted=error.accepted) from error
 
     def delete_netdev(self, id: str) -> None:
         """Close a tap that is in no slot, and forget it. Raises: HotPlugError."""
@@ -199,14 +211,15 @@ class HotPlug:
             raise HotPlugError(f"Netdev {id} not found")
         if netdev.device:
             raise HotPlugError(f"Netdev {id} is in use by device {netdev.device}")
-        if netdev.tap is not None:
-            netdev.tap.close()
+        if netdev.backend is not None:
+            netdev.backend.close()
         del self._netdevs[id]
 
     def plug_interface(self, id: str, netdev_id: str, slot: int | None, mac: bytes | None = None) -> None:
         """Connect the interface of a slot to the tap `netdev_id`, or else to the one called `id`. `slot` as for a disk.
 
-        Raises: HotPlugError; ConfigError when a tap that was taken out cannot be opened again.
+        Raises: HotPlugError; ConfigError when a tap that was taken out cannot be opened again; HostError when its vhost cannot
+        do what the guest's driver has negotiated.
         """
         netdev = self._netdevs.get(netdev_id) or self._netdevs.get(id)
         if netdev is None:
@@ -216,18 +229,20 @@ class HotPlug:
         device = occupied.device
         if not isinstance(device, VirtioNet):
             raise HotPlugError("Unsupported replaceable device type.")
-        if netdev.taken_out and netdev.config.fd is not None:
+        if netdev.taken_out and (netdev.config.fds or netdev.config.vhost_fds):
             raise HotPlugError(f"The tap of netdev {netdev.config.id} was closed when its device was taken out.")
-        tap = netdev.tap or _open_tap(netdev.config)
-        netdev.tap, netdev.taken_out = tap, False
-        self._on_its_loop(occupied, lambda: device.replace_tap(tap, mac))
+        if netdev.config.queues > len(device.pairs):
+            raise HotPlugError(f"The slot has {len(device.pairs)} queue pairs, the netdev {netdev.config.queues}")
+        backend = netdev.backend or self._open_backend(netdev.config)
+        netdev.backend, netdev.taken_out = backend, False
+        self._on_its_loop(occupied, lambda: device.replace_taps(backend.taps, mac, backend.vhosts))
         netdev.device = occupied.id = id
 
     def _unplug_interface(self, occupied: OccupiedSlot, device: VirtioNet) -> None:
-        self._on_its_loop(occupied, lambda: device.replace_tap(NoTap()))
+        self._on_its_loop(occupied, lambda: device.replace_taps([NoTap()]))
         for netdev in self._netdevs.values():
             if netdev.device == occupied.id:
-                netdev.device, netdev.tap, netdev.taken_out = "", None, True
+                netdev.device, netdev.backend, netdev.taken_out = "", None, True
 
     def set_link(self, id: str, up: bool) -> bool:
         """Plug the cable of an interface in or out; `id` is the device's or its netdev's. False: there is none."""
@@ -296,11 +311,3 @@ def _open_image(drive: DriveConfig) -> RawImage:
         return RawImage(drive)
     except ConfigError as error:  # it speaks of -drive, which this client has not typed
         raise ConfigError(error.problem, option="filename", value=drive.file, accepted=error.accepted) from error
-
-
-def _open_tap(netdev: NetdevConfig) -> Tap:
-    try:
-        return open_tap(netdev)
-    except ConfigError as error:
-        raise ConfigError(error.problem, option=error.option.removeprefix("-netdev "), value=error.value,
-                          accepted=error.accepted) from error

@@ -111,7 +111,7 @@ class MicroVm(Lifecycle):
         if self._hotplug is None:
             from stratovirt.machine.hotplug import HotPlug
 
-            self._hotplug = HotPlug(self.config, self.slots, self.events, self.iothreads)
+            self._hotplug = HotPlug(self.config, self.slots, self.events, self.iothreads, self.memory)
         return self._hotplug
 
     def _create_iothreads(self, accelerator: Accelerator) -> None:

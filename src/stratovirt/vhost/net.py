@@ -33,24 +33,31 @@ if TYPE_CHECKING:
 
 VHOST_NET = "/dev/vhost-net"
 _RX_TX = 2
+# VERSION_1, INDIRECT_DESC, EVENT_IDX, MRG_RXBUF: what concerns the rings, and so whoever serves them. The rest is between the
+# driver, the tap and the control queue.
+_RING_FEATURES = 1 << 32 | 1 << 28 | 1 << 29 | 1 << 15
 _NO_BACKEND = -1
 
 
 class VhostNet:
     """One open /dev/vhost-net with owner and memory. Raises: HostError from what the kernel refuses. Thread: one at a time."""
 
-    __slots__ = ("features", "running", "vhost")
+    __slots__ = ("_features", "running", "vhost")
 
     def __init__(self, vhost: KernelVhost) -> None:
         self.vhost = vhost
-        self.features = vhost.features()
+        self._features = vhost.features()
         self.running = False
+
+    def usable(self, features: int) -> int:
+        """Those of the device's `features` that are left when this serves its rings."""
+        return features & (self._features | ~_RING_FEATURES)
 
     def start(self, features: int, rings: tuple[Ring, Ring], kick_fds: list[int], call_fd: int, error_fd: int,
               tap_fd: int) -> None:
         """Let the kernel serve both rings, receive and transmit, from where they stand."""
         vhost = self.vhost
-        vhost.set_features(features)
+        vhost.set_features(features & _RING_FEATURES)
         for index, ring in enumerate(rings):
             vhost.set_ring(index, ring.size, ring.descriptor_table, ring.avail_ring, ring.used_ring, kick_fds[index], call_fd,
                            error_fd, ring.position)

@@ -1,0 +1,115 @@
+"""What tests of the network share: a tap with the host's end of it, data that tells what is missing, servers on the host."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from linux_guest import DEADLINE, Guest
+
+HOST, GUEST = "10.77.0.1", "10.77.0.2"
+MEBIBYTE = 1 << 20
+AMOUNT = 48
+PATTERN = hashlib.sha512(b"a block that no other resembles").digest() * (MEBIBYTE // 64)
+
+CONFIGURE = f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0\n"
+# The guest makes its data from a seed block, numbered, so that a block lost, doubled or moved changes the checksum.
+MAKE_DATA = f"""
+i=0
+while [ $i -lt {AMOUNT} ]; do printf '%016d' $i; head -c {MEBIBYTE - 16} /tmp/seed; i=$((i + 1)); done >/tmp/data
+"""
+
+
+def data() -> Iterator[bytes]:
+    for number in range(AMOUNT):
+        yield b"%016d" % number + PATTERN[: MEBIBYTE - 16]
+
+
+def checksum() -> str:
+    digest = hashlib.md5()
+    for block in data():
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
+
+
+def network(tap: str, *more: str, keys: str = "", netdev_keys: str = "") -> tuple[str, ...]:
+    device = f"virtio-net-device,id=eth0,netdev=net0,mac=52:54:00:ab:cd:ef{keys}"
+    return (*more, "-netdev", f"tap,id=net0,ifname={tap}{netdev_keys}", "-device", device)
+
+
+class Server:
+    """Listens on the host; `serve(connection)` runs for one connection on a thread of its own."""
+
+    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+        self._listener = socket.create_server((HOST, 0))
+        self._listener.settimeout(DEADLINE)
+        self.port = self._listener.getsockname()[1]
+        self._serve = serve
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self._listener, self._listener.accept()[0] as connection:
+                connection.settimeout(DEADLINE)
+                self._serve(connection)
+        except BaseException as error:  # noqa: BLE001 - reported by finish()
+            self._failure = error
+
+    def finish(self) -> None:
+        self._thread.join(DEADLINE)
+        assert not self._thread.is_alive()
+        if self._failure is not None:
+            raise self._failure
+
+
+def complaints(guest: Guest) -> list[str]:
+    """What the VMM warned of."""
+    return [line for line in guest.errors.splitlines() if "WARN" in line or "ERROR" in line]
+
+
+def receive_all(digest: hashlib._Hash) -> Callable[[socket.socket], None]:
+    def serve(connection: socket.socket) -> None:
+        while piece := connection.recv(1 << 18):
+            digest.update(piece)
+
+    return serve
+
+
+def send_all(connection: socket.socket) -> None:
+    for block in data():
+        connection.sendall(block)
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(1 << 16):
+        pass
+
+
+def send_seed(connection: socket.socket) -> None:
+    connection.sendall(PATTERN)
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(1 << 16):
+        pass
+
+
+class Iperf:
+    """`iperf3 -s` on the host, for one test of a guest; `finish` is what it measured."""
+
+    def __init__(self, port: int = 5201) -> None:
+        self._process = subprocess.Popen(["iperf3", "-s", "-1", "-J", "-B", HOST, "-p", str(port)], stdout=subprocess.PIPE)
+
+    def finish(self) -> dict[str, Any]:
+        try:
+            output = self._process.communicate(timeout=DEADLINE)[0]
+        finally:
+            self._process.kill()
+        return dict(json.loads(output)["end"])
