@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stratovirt"
 
 # From the top down. A part may import from the rows below its own, and from itself; the package itself holds no code.
 LAYERS = (
-    ("__main__", "process"),
+    ("__main__", "launcher", "process"),
     ("cli",),
     ("control",),
     ("machine",),
@@ -33,6 +33,9 @@ NEIGHBOURS = {
     ("loader", "arch"),
     ("firmware", "arch"),
     ("__main__", "process"),
+    ("__main__", "launcher"),
+    ("launcher", "__main__"),
+    ("launcher", "process"),
 }
 
 # Bytes and numbers only: no module of the operating system.
@@ -76,6 +79,7 @@ SLOW_MODULES = {
 # Imported only once the guest runs, or by subcommands that start no guest.
 OFF_BOOT_PATH = (
     "stratovirt.control",
+    "stratovirt.launcher.warm",
     "stratovirt.cli.doctor",
     "stratovirt.cli.run",
     "stratovirt.cli.guest_console",

@@ -1,0 +1,98 @@
+"""The way of a forked child from the launcher's process to a machine's: nothing of the launcher is left in it but memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+from fcntl import F_DUPFD_CLOEXEC, fcntl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+
+    from stratovirt.launcher.request import Request
+    from stratovirt.loop import EventLoop
+else:
+    import _signal  # see process.py
+
+RESET_SIGNALS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGCHLD)
+"""Blocked by the launcher around the fork: none that is meant for the machine meets the launcher's handlers."""
+
+
+class Attachment:
+    """The connection to the client, in the machine's process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def watch(self, loop: EventLoop, on_gone: Callable[[], None]) -> None:
+        """Call `on_gone` when the client hangs up."""
+
+        def gone(_events: int) -> None:
+            loop.remove(self._fd)
+            on_gone()
+
+        loop.add(self._fd, 0, gone)
+
+    def finish(self, status: int) -> None:
+        """Tell the client how the machine ends: the launcher, which will tell it again, may have ended."""
+        if self._fd >= 0:
+            try:
+                os.write(self._fd, b"status %d" % status)
+            except OSError:
+                return  # nobody is left who wants to know
+
+    def release(self) -> None:
+        """Let the client go while the machine goes on (`-daemonize`)."""
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+
+def settle(request: Request, connection: int, soft_limit: int) -> Attachment:
+    """Make this process what the client would have started itself. Raises: OSError."""
+    os.setsid()  # what a terminal does to the launcher does not concern the machine
+    directory, connection = place_descriptors(request.descriptors, [request.directory, connection], own_limit())
+    os.fchdir(directory)
+    os.close(directory)
+    os.umask(request.umask)
+    _set_soft_limit(soft_limit)
+    environment = request.environment
+    for name in [name for name in os.environ if name not in environment]:
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+    _signal.set_wakeup_fd(-1)
+    for number in RESET_SIGNALS:
+        _signal.signal(number, _signal.SIG_DFL)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
+    return Attachment(connection)
+
+
+def own_limit() -> int:
+    """The first descriptor number that this process cannot have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _set_soft_limit(limit: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def place_descriptors(targets: dict[int, int], keep: list[int], limit: int) -> list[int]:
+    """Give each descriptor in `targets` its number; those in `keep` get numbers of no importance, which are returned.
+
+    Everything else below `limit` is closed. Raises: OSError.
+    """
+    floor = max(targets, default=2) + 1
+    moved = {number: fcntl(fd, F_DUPFD_CLOEXEC, floor) for number, fd in targets.items()}
+    kept = [fcntl(fd, F_DUPFD_CLOEXEC, floor) for fd in keep]
+    for number, fd in moved.items():
+        os.dup2(fd, number)
+    start = 0
+    for fd in sorted([*targets, *kept, limit]):
+        if start < fd:  # os.closerange takes an empty range that begins with 0 for all there is
+            os.closerange(start, fd)
+        start = fd + 1
+    return kept

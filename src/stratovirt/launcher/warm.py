@@ -1,0 +1,24 @@
+"""What a launcher imports before it serves: all that a machine may need, so that children share it and load nothing."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import stratovirt
+
+# Tools for people, what runs no guest, and what is the launcher's own.
+_LEFT_OUT = (
+    "stratovirt.cli.doctor", "stratovirt.cli.guest_console", "stratovirt.cli.reference", "stratovirt.cli.run",
+    "stratovirt.control.reference", "stratovirt.hypervisor.test_accel", "stratovirt.launcher", "stratovirt.machine.probe",
+)
+
+
+def warm_up() -> list[str]:
+    """Import them; their names."""
+    done = []
+    for found in pkgutil.walk_packages(stratovirt.__path__, "stratovirt."):
+        if not found.name.startswith(_LEFT_OUT):
+            importlib.import_module(found.name)
+            done.append(found.name)
+    return done
