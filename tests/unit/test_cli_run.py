@@ -76,7 +76,7 @@ def test_bad_options(tmp_path: Path, arguments: list[str]) -> None:
 
 def machine(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put a Python program where the machine would be."""
-    monkeypatch.setattr(run, "_process", lambda _line: [sys.executable, "-c", code])
+    monkeypatch.setattr(run, "_process", lambda _line, _warm: [sys.executable, "-c", code])
 
 
 def test_output_and_status_are_the_command_s(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +111,7 @@ def test_a_killed_machine_leaves_the_terminal_as_it_was() -> None:
     """A shell's terminal in place of ours, and a machine that sets it to raw and dies."""
     code = ("import os, signal, sys, tty\nfrom stratovirt.cli import run\n"
             "machine = 'import os, signal, tty; tty.setraw(0); os.kill(os.getpid(), signal.SIGKILL)'\n"
-            "run._process = lambda line: [sys.executable, '-c', machine]\n"
+            "run._process = lambda line, warm: [sys.executable, '-c', machine]\n"
             "sys.exit(run.main(['--kernel', 'k', '--initrd', 'i']) != -signal.SIGKILL)")
     ours, terminal = os.openpty()
     before = termios.tcgetattr(terminal)

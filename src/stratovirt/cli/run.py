@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
         line = command_line(options, command, Path(folder))
         parse(line)  # errors come from here and not from the child
         if command:
-            return _run_command(line)
+            return _run_command(_process(line, options.warm))
         with _terminal_kept():
-            return subprocess.run(_process(line), env=_environment(), check=False).returncode
+            return subprocess.run(_process(line, options.warm), env=_environment(), check=False).returncode
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str]:
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpus", default="1", help="1 to 254 (default 1)")
     parser.add_argument("--append", default="", help="more words for the kernel command line")
     parser.add_argument("--qmp", metavar="SOCKET", help="serve QMP on this unix socket")
+    parser.add_argument("--warm", action="store_true", help="start it in this user's launcher, and that one first if need be")
     return parser
 
 
@@ -128,8 +129,8 @@ def _with_command(initrd: str | None, command: str, work: Path) -> str:
     return str(longer)
 
 
-def _process(line: list[str]) -> list[str]:
-    return [sys.executable, "-m", "stratovirt", *line]
+def _process(line: list[str], warm: bool) -> list[str]:
+    return [sys.executable, "-m", "stratovirt", *(["--warm"] if warm else []), *line]
 
 
 def _environment() -> dict[str, str]:
@@ -154,10 +155,10 @@ def _terminal_kept() -> Iterator[None]:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-def _run_command(line: list[str]) -> int:
+def _run_command(command: list[str]) -> int:
     """Start the machine with its serial port on a pipe and take the command's output out of what comes through."""
     console = guest_console.GuestConsole(_writer(1), _writer(2), _writer(2))
-    process = subprocess.Popen(_process(line), env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None  # it is a pipe, as asked
     try:
         while data := os.read(process.stdout.fileno(), 1 << 16):
