@@ -54,10 +54,11 @@ def _nothing_left() -> Iterator[None]:
 class Driver:
     """A virtio driver, of one queue, over the protocol."""
 
-    def __init__(self, machine: MachineUnderTest, base: int, size: int = 8) -> None:
+    def __init__(self, machine: MachineUnderTest, base: int, size: int = 8, queue: int = 0) -> None:
         self.machine = machine
         self.base = base
         self.size = size
+        self.queue = queue
         self.desc, self.avail, self.used = RINGS, RINGS + 0x1000, RINGS + 0x2000
         self.published = 0
 
@@ -75,7 +76,7 @@ class Driver:
             self.put(v.DRIVER_FEATURES, features >> 32 * half & 0xFFFF_FFFF)
         self.put(v.STATUS, v.ACKNOWLEDGE | v.DRIVER | v.FEATURES_OK)
         assert self.get(v.STATUS) & v.FEATURES_OK
-        self.put(v.QUEUE_SEL, 0)
+        self.put(v.QUEUE_SEL, self.queue)
         assert self.get(v.QUEUE_NUM_MAX) >= self.size
         self.put(v.QUEUE_NUM, self.size)
         for register, address in ((v.QUEUE_DESC, self.desc), (v.QUEUE_DRIVER, self.avail), (v.QUEUE_DEVICE, self.used)):
@@ -94,7 +95,7 @@ class Driver:
         self.machine.store(self.avail + 4 + 2 * (self.published % self.size), 0, 2)
         self.published += 1
         self.machine.store(self.avail + 2, self.published, 2)
-        self.put(v.QUEUE_NOTIFY, 0)
+        self.put(v.QUEUE_NOTIFY, self.queue)
 
     @property
     def used_index(self) -> int:
@@ -236,6 +237,38 @@ def test_the_rate_of_random_bytes_follows_the_virtual_clock(make: Make) -> None:
     assert driver.written(2) == 10
     machine.step(SECOND)
     assert driver.request(buffer) == 600
+
+
+def test_a_balloon_takes_pages_and_tells_in_virtual_time(make: Make) -> None:
+    machine = make("-device virtio-balloon-device,id=b")
+    driver = Driver(machine, OTHER.base)
+    driver.start()
+    machine.write(DATA, b"\x5a" * 0x2000)
+    machine.store(HEADER, DATA >> 12)
+    assert driver.request([(HEADER, 4, False)]) == 0
+    assert machine.read(DATA, 0x2000) == bytes(0x1000) + b"\x5a" * 0x1000
+    driver.put(v.INTERRUPT_ACK, 3)
+    machine.do(f"eoi_intx {OTHER.irq}")
+    assert machine.vm.balloon is not None
+    machine.vm.balloon.set_target(RAM_END - 0x1000)
+    assert machine.is_raised(OTHER.irq) and driver.get(v.INTERRUPT_STATUS) & 2
+    assert machine.load(OTHER.base + v.CONFIG) == 1
+    machine.store(OTHER.base + v.CONFIG + 4, 1)
+    for _ in range(20):
+        assert machine.step(SECOND // 40) < SECOND
+    assert not machine.told
+    machine.step(SECOND)
+    machine.until(lambda: ("BALLOON_CHANGED", {"actual": RAM_END - 0x1000}) in machine.told)
+
+
+def test_a_console_writes_what_the_driver_sends(make: Make, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    machine = make(f"-chardev file,id=c,path={output} -device virtio-serial-device,id=s -device virtconsole,id=con,chardev=c")
+    driver = Driver(machine, OTHER.base, queue=1)
+    driver.start()
+    machine.write(DATA, b"from a driver")
+    assert driver.request([(DATA, 5, False), (DATA + 5, 8, False)]) == 0
+    machine.until(lambda: output.read_bytes() == b"from a driver")
 
 
 # -- memory
