@@ -150,13 +150,22 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
                 listener.bind()
                 listeners.append(listener)
         machine.build()
-        machine.start()
+        sandbox = None
+        if config.seccomp:
+            from stratovirt.lockdown import Lockdown
+
+            sandbox = Lockdown(config, log.LOG.fd)
+            machine.start(sandbox.confine)
+        else:
+            machine.start()
         gc.freeze()
         gc.enable()
         if report is not None:
             report("")
         for listener in listeners:
             listener.serve(machine)
+        if sandbox is not None:
+            sandbox.confine_main(loop)
         loop.run()
         for listener in listeners:
             listener.flush(QMP_FLUSH_SECONDS)

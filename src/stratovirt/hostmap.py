@@ -163,6 +163,21 @@ def release(view: memoryview, shared: bool = False, page_size: int = PAGE_SIZE) 
             raise HostError("madvise to release guest memory", _ctypes.get_errno())
 
 
+def address_of(buffer: bytearray) -> tuple[int, object]:
+    """The address of a buffer, and the anchor to keep for as long as the address is used."""
+    anchor = _Byte.from_buffer(buffer)
+    return _ctypes.addressof(anchor), anchor
+
+
+def syscall(number: int, *arguments: int) -> int:
+    """A system call by its number. Raises: OSError."""
+    result = _libc_syscall(_Word(number), *map(_Word, arguments))
+    if result == _MAP_FAILED:
+        errno = _ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return int(result)
+
+
 def ioctl_address(fd: int, request: int, address: int) -> None:
     """An ioctl whose argument is an address by value: `fcntl.ioctl` takes no integer beyond a signed 32-bit one.
 

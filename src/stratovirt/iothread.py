@@ -14,6 +14,7 @@ from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 from stratovirt import log
 from stratovirt.errors import StateError
 from stratovirt.loop import EventLoop
+from stratovirt.sandbox import IOTHREAD, unconfined
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,21 +36,22 @@ class IoThread:
         self._running = False
         self._ended = allocate_lock()
 
-    def start(self) -> None:
-        """Thread: the main loop's."""
+    def start(self, confine: Callable[[int], None] = unconfined) -> None:
+        """`confine` is called on the new thread, before anything else. Thread: the main loop's."""
         self._running = True
         self._ended.acquire()
-        start_new_thread(self._run, ())
+        start_new_thread(self._run, (confine,))
 
-    def _run(self) -> None:
+    def _run(self, confine: Callable[[int], None]) -> None:
         self._ident = get_ident()
         self.native_id = get_native_id()
         failed = False
         try:
+            confine(IOTHREAD)
             self.loop.run()
         except Exception:  # noqa: BLE001  # our own defect: the machine ends with its traceback in the log, it does not hang
             failed = True
-            _log_traceback()
+            log.defect()
         self._running = False
         self._ended.release()
         if failed:
@@ -81,10 +83,3 @@ class IoThread:
         self.loop.stop()
         if self._running and not self._ended.acquire(timeout=STOP_SECONDS):
             raise StateError(f"the end of iothread {self.id}", "busy", "ready")
-
-
-def _log_traceback() -> None:
-    import traceback
-
-    for line in traceback.format_exc().splitlines():
-        log.error(line)

@@ -68,6 +68,9 @@ class Log:
         self._size = 0
         self._day = 0
         self._lost = 0
+        self._hand_over: Callable[[Callable[[], None]], None] | None = None
+        self._handed_over = False
+        self._owner = 0
         self._guest_sources: dict[str, tuple[int, int]] = {}  # source -> (time of the last line, lines held back since)
 
     @property
@@ -100,6 +103,19 @@ class Log:
         if old != 2:
             os.close(old)
 
+    @property
+    def fd(self) -> int:
+        """The descriptor it goes to. It keeps its number when a new file begins."""
+        return self._fd
+
+    def rotate_through(self, hand_over: Callable[[Callable[[], None]], None]) -> None:
+        """From now on only the calling thread begins a new file; others let `hand_over` call it there. They go on writing
+        to the old one until then: what opens and renames files need be allowed to one thread only.
+        """
+        with self._lock:
+            self._hand_over = hand_over
+            self._owner = _thread.get_ident()
+
     @staticmethod
     def _open_file(path: str) -> int:
         try:
@@ -108,6 +124,26 @@ class Log:
             why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
             raise ConfigError(f"cannot open the log file: {why}", option="-D", value=path,
                               accepted="the path of a file that can be appended to") from error
+
+    def _is_due(self, length: int, day: int) -> bool:
+        return bool(self._path and self._size and (self._size + length > ROTATE_SIZE or day != self._day))
+
+    def _rotate_or_ask(self, day: int) -> None:
+        if self._hand_over is None or _thread.get_ident() == self._owner:
+            self._rotate(day)
+        elif not self._handed_over:
+            self._handed_over = True
+            self._hand_over(self._rotate_if_due)
+
+    def _rotate_if_due(self) -> None:
+        day = self._clock() // _DAY_NS
+        with self._lock:
+            self._handed_over = False
+            try:
+                if self._is_due(MAX_LINE, day):
+                    self._rotate(day)
+            except (OSError, ConfigError):
+                return  # the next line tries again
 
     def _rotate(self, day: int) -> None:
         """Move the files up by one and start afresh. A file that cannot be moved goes on growing, rather than being lost."""
@@ -118,8 +154,11 @@ class Log:
             except FileNotFoundError:
                 continue
         fd = self._open_file(self._path)
-        os.close(self._fd)
-        self._fd, self._size, self._day = fd, 0, day
+        try:
+            os.dup2(fd, self._fd, inheritable=False)
+        finally:
+            os.close(fd)
+        self._size, self._day = 0, day
 
     # -- what goes there
 
@@ -145,8 +184,8 @@ class Log:
                 self._lost += 1
                 return
             if self._path:
-                if self._size and (self._size + len(line) > ROTATE_SIZE or day != self._day):
-                    self._rotate(day)
+                if self._is_due(len(line), day):
+                    self._rotate_or_ask(day)
                 self._size += len(line)
             if self._lost:
                 line = f"({self._lost} lines lost) ".encode() + line
@@ -202,3 +241,15 @@ def trace(message: str) -> None:
 def guest_warn(source: str, message: str) -> None:
     """A guest (or a client) did something wrong: warn, at most once a second per `source`."""
     LOG.guest_write(WARN, source, message, 2)
+
+
+def defect() -> None:
+    """The exception that is being handled is a defect of ours: log where it came from. Imports nothing and opens no file, so
+    it works on every thread at any time; for the lines of the source one has to look.
+    """
+    kind, value, place = sys.exc_info()
+    LOG.write(ERROR, f"a defect of this program: {kind.__name__ if kind else None}: {value}", 2)
+    while place is not None:
+        code = place.tb_frame.f_code
+        LOG.write(ERROR, f"  {os.path.basename(code.co_filename)}:{place.tb_lineno} in {code.co_name}", 2)
+        place = place.tb_next

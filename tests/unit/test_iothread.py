@@ -82,7 +82,7 @@ def test_nothing_runs_after_stop() -> None:
 def test_a_defect_is_told_and_the_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     told = threading.Event()
     lines: list[str] = []
-    monkeypatch.setattr(iothread_module.log, "error", lines.append)
+    monkeypatch.setattr(iothread_module.log.LOG, "write", lambda _level, line, _depth: lines.append(line))
     thread = IoThread("io0", told.set)
     thread.start()
     thread.loop.call_soon(lambda: {}["missing"])

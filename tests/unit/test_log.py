@@ -102,6 +102,41 @@ def test_rotation_by_size_keeps_seven_files_and_every_recent_line(logger, tmp_pa
     assert newest_first == [19, 18, 17, 16, 15, 14, 13]
 
 
+def test_only_one_thread_begins_new_files_once_they_are_confined(logger, tmp_path, clock):
+    asked = []
+    logger.rotate_through(asked.append)
+    number = logger.fd
+    logger.write(INFO, "yesterday")
+    clock.now += 86_400 * 10**9
+    os.utime(logger.path, ns=(NOON, NOON))
+
+    def other():
+        logger.write(INFO, "from another thread")
+        logger.write(INFO, "and again")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(asked) == 1
+    assert len(logger.path.read_text().splitlines()) == 3
+    asked[0]()
+    logger.write(INFO, "today")
+    assert logger.path.read_text().splitlines()[-1].endswith("today")
+    assert len((tmp_path / "vm.log1").read_text().splitlines()) == 3
+    assert logger.fd == number
+    assert not os.get_inheritable(number)
+
+
+def test_the_place_of_a_defect_needs_no_file_and_no_import(logger, monkeypatch):
+    monkeypatch.setattr(log, "LOG", logger)
+    try:
+        raise KeyError("missing\n")
+    except KeyError:
+        log.defect()
+    first, second = logger.path.read_text().splitlines()
+    assert "a defect of this program: KeyError: 'missing" in first
+    assert second.endswith(" in test_the_place_of_a_defect_needs_no_file_and_no_import")
+
 def test_rotation_at_a_change_of_day(logger, tmp_path, clock):
     logger.write(INFO, "today")
     clock.now += 86_400 * 10**9

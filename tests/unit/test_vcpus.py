@@ -181,7 +181,7 @@ def test_the_end_of_a_run_loop_is_told_once(make: Callable[..., Machine]) -> Non
 def test_a_defect_in_the_run_loop_ends_the_machine_and_leaves_its_traceback(make: Callable[..., Machine],
                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(vcpus_module.log, "error", lines.append)
+    monkeypatch.setattr(vcpus_module.log.LOG, "write", lambda _level, line, _depth: lines.append(line))
     machine = make()
     machine.vcpus[0].end = ("raise", 0)
     wait_until(lambda: machine.exits == [(0, FATAL, 0)])

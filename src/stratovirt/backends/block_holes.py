@@ -54,7 +54,7 @@ def write_zeroes(image: RawImage, offset: int, length: int, unmap: bool) -> None
                 raise HostError.from_os(name, error) from error
     try:
         while length:
-            done = os.pwrite(image.buffered_fd, memoryview(_ZEROES)[: min(length, len(_ZEROES))], offset)
+            done = os.pwritev(image.buffered_fd, [memoryview(_ZEROES)[: min(length, len(_ZEROES))]], offset)
             offset += done
             length -= done
     except OSError as error:

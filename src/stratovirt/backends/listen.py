@@ -26,7 +26,8 @@ _ECONNREFUSED, _EADDRINUSE = 111, 98
 def accept(listener: _socket.socket) -> _socket.socket:
     """The next client, nonblocking. Raises: OSError, BlockingIOError when nobody waits."""
     fd, _address = listener._accept()  # type: ignore[attr-defined]  # what socket.accept is made of
-    client = _socket.socket(fileno=fd)
+    # The kind is given, or Python asks the kernel for it.
+    client = _socket.socket(listener.family, _socket.SOCK_STREAM, listener.proto, fileno=fd)
     client.setblocking(False)
     return client
 

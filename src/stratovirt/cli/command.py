@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SUBCOMMANDS = ("run", "doctor", "help")
 _HELP_WORDS = ("-h", "-help", "--help")
 _VERSION_WORDS = ("-V", "-version", "--version")
+_REPORT_WORD = "-seccomp-report"
 _HELP_TOPICS = ("-device", "-object", "-netdev", "-chardev", "-machine", "-drive")
 
 
@@ -51,6 +52,10 @@ def special(arguments: list[str]) -> int | None:
                 from stratovirt.cli import help
 
                 return help.print_usage() if word in _HELP_WORDS else help.print_version()
+            if word == _REPORT_WORD:
+                from stratovirt.sandbox import report
+
+                return report.print_report()
         elif word[-4:] == "help" and option in _HELP_TOPICS and (word == "help" or word[-5:] == ",help"):
             from stratovirt.cli import help
 
@@ -288,6 +293,10 @@ def _pidfile(config: VmConfig, values: list[str]) -> None:
     config.pidfile = str(read_value(_FILE, values[0], "-pidfile"))
 
 
+def _disable_seccomp(config: VmConfig, values: list[str]) -> None:
+    config.seccomp = False
+
+
 def _log_file(config: VmConfig, values: list[str]) -> None:
     if values:
         config.log_file = str(read_value(_FILE, values[0], "-D"))
@@ -300,4 +309,5 @@ _IN_ORDER: tuple[tuple[str, Callable[[VmConfig, list[str]], None]], ...] = (
     ("object", _objects), ("netdev", _netdevs), ("chardev", _chardevs), ("device", _devices),
     ("qmp", _qmp), ("S", _freeze), ("freeze", _freeze), ("action", _action),
     ("no-reboot", _no_reboot), ("daemonize", _daemonize), ("pidfile", _pidfile), ("D", _log_file),
+    ("disable-seccomp", _disable_seccomp),
 )

@@ -150,7 +150,7 @@ class VmConfig:
         "accel", "chardevs", "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
         "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
         "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
-        "reboot_action", "rng_backends", "serial", "smp",
+        "reboot_action", "rng_backends", "seccomp", "serial", "smp",
     )
 
     def __init__(self) -> None:
@@ -184,3 +184,4 @@ class VmConfig:
         self.pidfile = ""
         self.log_file = ""
         self.reboot_action = "shutdown"
+        self.seccomp = True

@@ -16,14 +16,11 @@ if TYPE_CHECKING:
 
 # QMP's name for an architecture in query-cpus, by the host's name for it.
 _CPU_ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm"}
-
-
-def _architecture() -> str:
-    return os.uname().machine
+_ARCHITECTURE = os.uname().machine  # once: a running machine may not ask
 
 
 def _query_target(_machine: MachineView, _arguments: dict[str, Any]) -> object:
-    return {"arch": _architecture()}
+    return {"arch": _ARCHITECTURE}
 
 
 def _query_kvm(_machine: MachineView, _arguments: dict[str, Any]) -> object:
@@ -57,7 +54,7 @@ def _qom_path(index: int) -> str:
 
 
 def _query_cpus(machine: MachineView, _arguments: dict[str, Any]) -> object:
-    architecture = _CPU_ARCHITECTURES.get(_architecture(), "x86")
+    architecture = _CPU_ARCHITECTURES.get(_ARCHITECTURE, "x86")
     return [
         {"CPU": index, "arch": architecture, "current": True, "halted": False, "qom_path": _qom_path(index),
          "thread_id": thread_id, "props": _topology(machine, index)}
@@ -70,14 +67,14 @@ def _query_cpus_fast(machine: MachineView, _arguments: dict[str, Any]) -> object
     for index, thread_id in enumerate(machine.vcpu_thread_ids()):
         props = _topology(machine, index)
         props["die-id"] = props.pop("die_id")
-        cpus.append({"cpu-index": index, "qom-path": _qom_path(index), "target": _architecture(), "thread-id": thread_id,
+        cpus.append({"cpu-index": index, "qom-path": _qom_path(index), "target": _ARCHITECTURE, "thread-id": thread_id,
                      "props": props})
     return cpus
 
 
 def _query_hotpluggable_cpus(machine: MachineView, _arguments: dict[str, Any]) -> object:
     smp = machine.config.smp
-    kind = "host-aarch64-cpu" if _architecture() == "aarch64" else "host-x86-cpu"
+    kind = "host-aarch64-cpu" if _ARCHITECTURE == "aarch64" else "host-x86-cpu"
     return [
         {"props": _topology(machine, index), "type": kind, "vcpus-count": 1,
          **({"qom-path": _qom_path(index)} if index < smp.cpus else {})}

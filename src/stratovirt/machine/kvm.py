@@ -12,6 +12,7 @@ from stratovirt.errors import StateError
 from stratovirt.hypervisor.kvm.system import KvmSystem
 from stratovirt.machine.board import Processors
 from stratovirt.machine.vcpus import VcpuThreads
+from stratovirt.sandbox import unconfined
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ if TYPE_CHECKING:
         def create_processors(self, boot: Boot | None) -> None:
             """Make them, the first at the entry of `boot`."""
 
-        def start(self, paused: bool) -> None:
-            """Let the guest run, or with `paused` wait for `resume`."""
+        def start(self, paused: bool, confine: Callable[[int], None] = ...) -> None:
+            """Let the guest run, or with `paused` wait for `resume`. `confine` is called on every thread that runs it."""
 
         def pause(self) -> None:
             """Nothing of the guest runs when this returns. Raises: HostError, with the guest running on."""
@@ -114,8 +115,8 @@ class KvmAccelerator:
         if boot is not None:
             boot.enter(self.vcpus[0])
 
-    def start(self, paused: bool) -> None:
-        self.threads = threads = VcpuThreads(self.vcpus, self._ports, self._mmio, self._on_exit)
+    def start(self, paused: bool, confine: Callable[[int], None] = unconfined) -> None:
+        self.threads = threads = VcpuThreads(self.vcpus, self._ports, self._mmio, self._on_exit, confine)
         threads.start(paused)
         self._running = not paused
         self.processors.watch(self._loop, threads, lambda: self._running, self._on_dead)

@@ -21,6 +21,7 @@ from stratovirt.machine.kvm import KvmAccelerator
 from stratovirt.machine.lifecycle import CREATED, PAUSED, RUNNING, Lifecycle
 from stratovirt.machine.slots import assign_slots, empty_slots, plug
 from stratovirt.memory import GuestMemory, RamRegion
+from stratovirt.sandbox import unconfined
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -173,12 +174,12 @@ class MicroVm(Lifecycle):
 
     # -- life cycle
 
-    def start(self) -> None:
-        """Let the guest run, or with -S wait for `cont`. Thread: main."""
+    def start(self, confine: Callable[[int], None] = unconfined) -> None:
+        """Let the guest run, or with -S wait for `cont`; `confine` is called on every new thread first. Thread: main."""
         paused = self.config.freeze
-        self._built().start(paused)
+        self._built().start(paused, confine)
         for iothread in self.iothreads.values():
-            iothread.start()
+            iothread.start(confine)
         self.state = PAUSED if paused else RUNNING
 
     def stop_vcpus(self) -> None:
@@ -271,10 +272,12 @@ class MicroVm(Lifecycle):
         elif why == run_loop.SYSTEM_SHUTDOWN:
             self._guest_power_off()
         else:
-            from stratovirt.hypervisor.kvm.exits import describe
+            self.loop.call_soon(lambda: self._on_fatal_exit(vcpu, errno))
 
-            text = describe(vcpu, self.memory, errno)
-            self.loop.call_soon(lambda: self._fail(text))
+    def _on_fatal_exit(self, vcpu: KvmVcpu, errno: int) -> None:
+        from stratovirt.hypervisor.kvm.exits import describe
+
+        self._fail(describe(vcpu, self.memory, errno))
 
     def _on_triple_fault(self) -> None:
         if self.config.reboot_action == "reset":

@@ -14,6 +14,7 @@ from _thread import allocate_lock, get_native_id, stack_size, start_new_thread
 from stratovirt import log
 from stratovirt.errors import HostError
 from stratovirt.hypervisor.kvm.run_loop import FATAL, STOPPED, run_loop
+from stratovirt.sandbox import VCPU, unconfined
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,17 +35,19 @@ STOP_SECONDS = 2.0  # how long a vCPU may take to come out of the guest
 class VcpuThreads:
     """All vCPUs of a machine and the gate they wait at.
 
-    `on_exit(vcpu, why, errno)` is called on a vCPU's thread, its last act, when its run loop ends for any reason but `stop`.
+    `on_exit(vcpu, why, errno)` is called on a vCPU's thread when its run loop ends for any reason but `stop`; the thread
+    then waits for `revive` or the end. `confine` is called on every thread before it enters the guest.
     Thread: the main loop's, but for `enter`.
     """
 
     def __init__(self, vcpus: list[KvmVcpu], ports: AddressMap, mmio: AddressMap,
-                 on_exit: Callable[[KvmVcpu, str, int], None]) -> None:
+                 on_exit: Callable[[KvmVcpu, str, int], None], confine: Callable[[int], None] = unconfined) -> None:
         self.vcpus = vcpus
         self.thread_ids = [0] * len(vcpus)
         self._ports = ports
         self._mmio = mmio
         self._on_exit = on_exit
+        self._confine = confine
         self._closed = False
         self._begun = 0
         self._all_begun = allocate_lock()  # taken = "not yet", as below
@@ -58,7 +61,8 @@ class VcpuThreads:
         # A lock of each kind for each vCPU, used as a binary semaphore: taken = "not yet".
         self._arrived = [allocate_lock() for _ in vcpus]
         self._may_go = [allocate_lock() for _ in vcpus]
-        for lock in (*self._arrived, *self._may_go):
+        self._revived = [allocate_lock() for _ in vcpus]
+        for lock in (*self._arrived, *self._may_go, *self._revived):
             lock.acquire()
 
     def start(self, paused: bool) -> None:
@@ -81,15 +85,23 @@ class VcpuThreads:
             self._begun += 1
             if self._begun == len(self.vcpus):
                 self._all_begun.release()
-        try:
-            why, errno = run_loop(vcpu, self._ports, self._mmio, self)
-        except Exception:  # noqa: BLE001  # our own defect: the machine ends with its traceback in the log, it does not hang
-            why, errno = FATAL, 0
-            _log_traceback()
-        self._ended[number] = True
-        self._arrived[number].release()  # whoever waits for this vCPU need not any more
-        if why != STOPPED:
+        confined = False
+        while True:
+            try:
+                if not confined:
+                    self._confine(VCPU)
+                    confined = True
+                why, errno = run_loop(vcpu, self._ports, self._mmio, self)
+            except Exception:  # noqa: BLE001  # our own defect: the machine ends with its place in the log, it does not hang
+                why, errno = FATAL, 0
+                log.defect()
+            self._ended[number] = True
+            self._arrived[number].release()  # whoever waits for this vCPU need not any more
+            if why == STOPPED:
+                return
             self._on_exit(vcpu, why, errno)
+            if self._ending or not self._revived[number].acquire() or self._ending:
+                return
 
     def native_ids(self) -> list[int]:
         """Kernel thread ids, in the order of the vCPUs. Waits for threads that were created but have not begun yet.
@@ -103,13 +115,13 @@ class VcpuThreads:
         return list(self.thread_ids)
 
     def revive(self) -> None:
-        """Give vCPUs whose run loop has ended a thread again. Call it while paused, with their registers set anew."""
+        """Let vCPUs whose run loop has ended run again. Call it while paused, with their registers set anew."""
         for number, ended in enumerate(self._ended):
             if ended:
                 self._ended[number] = False
                 self._arrived[number].acquire(blocking=False)
                 self.vcpus[number].page[1] = 1
-                self._idents[number] = start_new_thread(self._thread, (number,))
+                self._revived[number].release()
                 self._await_arrival([number])
 
     # -- the gate
@@ -146,6 +158,10 @@ class VcpuThreads:
     def stop(self) -> None:
         """End every thread. Nothing of the guest runs when this returns. Raises: HostError as `pause` does."""
         self._ending = True
+        for number, ended in enumerate(self._ended):
+            if ended:
+                self._revived[number].acquire(blocking=False)  # a second `stop`
+                self._revived[number].release()
         self._open_gate()
         self._kick_all()
         self._await_arrival()
@@ -180,13 +196,6 @@ class VcpuThreads:
                 continue
             if not self._arrived[number].acquire(timeout=max(0.001, deadline - time.monotonic())):
                 raise HostError(f"vCPU {number} did not stop within {STOP_SECONDS:g} s")
-
-
-def _log_traceback() -> None:
-    import traceback
-
-    for line in traceback.format_exc().splitlines():
-        log.error(line)
 
 
 def _on_kick(_signum: int, _frame: object) -> None:

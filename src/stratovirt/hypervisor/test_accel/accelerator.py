@@ -7,6 +7,7 @@ from stratovirt.hypervisor.test_accel.commands import Bus, Commands
 from stratovirt.hypervisor.test_accel.lines import InterruptLine, InterruptLines
 from stratovirt.hypervisor.test_accel.peer import Peer
 from stratovirt.memory import GuestMemory, RamRegion
+from stratovirt.sandbox import unconfined
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class TestAccelerator:
     def create_processors(self, boot: object) -> None:
         """There are none: the peer is what loads and stores."""
 
-    def start(self, paused: bool) -> None:
+    def start(self, paused: bool, confine: Callable[[int], None] = unconfined) -> None:
         bus = Bus(GuestMemory(self.vm.regions), self._mmio)
         self._peer.serve(Commands(bus, self._ports, self._clock, self.vm.lines).execute)
 

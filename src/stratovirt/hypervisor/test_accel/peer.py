@@ -73,7 +73,7 @@ class Peer:
             return
         if self._interest == READ:
             try:
-                self._receive(self._socket.recv(_READ_SIZE))
+                self._receive(os.read(self._socket.fileno(), _READ_SIZE))
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:

@@ -1,0 +1,67 @@
+"""The way into the sandbox: what a thread still needs from the file system is fetched, then its filter is installed.
+
+A vCPU's thread confines itself before the guest's first instruction, an iothread before its loop, the main thread when QMP is
+served, before its loop. From then on no code can be loaded from shared objects, and only the main thread opens files. So
+modules that others import late, when a disk needs its engine for example, are imported before.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from stratovirt import log
+from stratovirt.sandbox import IOTHREAD, MAIN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.config.vm import VmConfig
+    from stratovirt.loop import EventLoop
+    from stratovirt.sandbox.kernel import Sandbox
+
+# What disks import late. Their first import asks for more than a filter allows: the machine's name, a shared object.
+DISK_MODULES = (
+    "stratovirt.backends.aio", "stratovirt.backends.aio_native", "stratovirt.backends.aio_uring",
+    "stratovirt.backends.block_holes", "stratovirt.backends.block_rate",
+)
+
+
+class Lockdown:
+    """One process's sandbox; nothing but a line in the log where this version has no filters yet.
+
+    Thread: the main thread, before it starts others. Raises: HostError when the host cannot do it.
+    """
+
+    def __init__(self, config: VmConfig, log_fd: int) -> None:
+        self._has_disks = bool(config.drives or config.qmp)  # a QMP client may plug one in
+        self._sandbox: Sandbox | None = None
+        if os.uname().machine != "x86_64":
+            log.info("there are no system call filters for this architecture yet")
+            return
+        from stratovirt.sandbox.kernel import Sandbox
+
+        self._sandbox = Sandbox(log_fd, any(drive.aio == "io_uring" for drive in config.drives.values()))
+
+    def confine(self, kind: int) -> None:
+        """Confine the calling thread, which is new. Raises: HostError."""
+        if self._sandbox is not None:
+            if kind == IOTHREAD and self._has_disks:
+                self._fetch()
+            self._sandbox.confine(kind)
+
+    def confine_main(self, loop: EventLoop) -> None:
+        """Confine the main thread, whose loop is about to run. Raises: HostError."""
+        if self._sandbox is None:
+            return
+        from stratovirt.sandbox.calls import NAMES
+
+        if self._has_disks:
+            self._fetch()
+        sys.dont_write_bytecode = True  # a module that is imported late leaves no file behind
+        log.LOG.rotate_through(loop.call_soon)
+        self._sandbox.name_calls(NAMES)
+        self._sandbox.confine(MAIN)
+
+    def _fetch(self) -> None:
+        for name in DISK_MODULES:
+            __import__(name)

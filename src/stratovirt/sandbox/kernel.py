@@ -1,0 +1,122 @@
+"""Filters into the kernel: `Sandbox` is made before the first thread, and every thread then confines itself.
+
+Facts about Linux that this rests on:
+- A filter holds for the thread that installs it and for those it creates later; it is never taken back, and a second one
+  can only forbid more. Without privileges the kernel wants no_new_privs first, which threads inherit as well.
+- SECCOMP_RET_TRAP raises SIGSYS on the thread at the refused call, with what the filter returned in si_errno. If the signal
+  is blocked, because its handler is running, the kernel ends the whole process with it.
+- Before Linux 5.16 a thread with a filter is switched to mitigations of speculation that others do not have, and with it the
+  guest on a vCPU's thread; SPEC_ALLOW leaves that as the host's administrator has set it.
+
+The handler is machine code in a page of its own (handler_x86_64.S): it works on any thread, with or without the
+interpreter's lock. Nothing else of this process is ever made executable once the filters are in place.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from stratovirt.errors import HostError
+from stratovirt.hostmap import HostMapping, address_of, syscall
+from stratovirt.sandbox import KIND_NAMES
+from stratovirt.sandbox.tables import FILTERS, HANDLER
+
+_MPROTECT, _RT_SIGACTION, _PRCTL, _SECCOMP = 10, 13, 157, 317
+_PR_SET_NO_NEW_PRIVS = 38
+_SET_MODE_FILTER, _SPEC_ALLOW = 1, 1 << 2
+_PROT_READ, _PROT_EXEC = 1, 4
+_SIGSYS, _ALL_SIGNALS = 31, 0xFFFF_FFFF_FFFF_FFFF
+_SA_SIGINFO, _SA_RESTORER = 0x4, 0x0400_0000
+_EINVAL, _EACCES = 22, 13
+
+_PAGE = 4096
+_DATA_PAGES = 3
+_NAME_SIZE, _MAX_CALLS = 24, 480
+_NAMES_AT = 8 + 4 * _NAME_SIZE
+assert _NAMES_AT + _NAME_SIZE * _MAX_CALLS <= _DATA_PAGES * _PAGE
+_DATA_MARK = b"startvit"  # in the handler's code, where the address of its data goes
+# In the filters' code: see rules.py.
+_PID_MARK = struct.pack("<I", 0x7E57_C0DE)
+_IO_URING_MARK, _ALLOWED = struct.pack("<HBBI", 0x06, 0, 0, 0x0005_0001), struct.pack("<HBBI", 0x06, 0, 0, 0x7FFF_0000)
+_TRAP_MARK, _KILLED = struct.pack("<H", 0x0003), struct.pack("<I", 0x8000_0000)
+
+_FOREVER: list[HostMapping] = []  # the handler's pages: the kernel has their address until the process ends
+_HINT = "-disable-seccomp runs the machine without filters"
+
+
+class Sandbox:
+    """`log_fd` is where the log goes, for good. `io_uring`: threads that serve disks may use it.
+
+    Thread: the main thread, before it starts others. Raises: HostError.
+    """
+
+    def __init__(self, log_fd: int, io_uring: bool) -> None:
+        self._io_uring = io_uring
+        self._pages: HostMapping | None = None
+        try:
+            syscall(_PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        except OSError as error:
+            raise HostError.from_os("prctl(PR_SET_NO_NEW_PRIVS)", error, _HINT) from error
+        self._install_handler(log_fd)
+
+    def _install_handler(self, log_fd: int) -> None:
+        pages = HostMapping((1 + _DATA_PAGES) * _PAGE)
+        data_at = pages.address + _PAGE
+        pages.view[: len(HANDLER)] = HANDLER.replace(_DATA_MARK, struct.pack("<Q", data_at))
+        names = "".join(name.ljust(_NAME_SIZE, "\0") for name in KIND_NAMES).encode()
+        data = struct.pack("<II", log_fd, 0) + names
+        pages.view[_PAGE : _PAGE + len(data)] = data
+        try:
+            syscall(_MPROTECT, pages.address, _PAGE, _PROT_READ | _PROT_EXEC)
+        except OSError as error:
+            if error.errno != _EACCES:
+                raise HostError.from_os("mprotect of the handler of SIGSYS", error, _HINT) from error
+            return  # a host that lets nobody make code (SELinux): the filters kill without a line in the log
+        # struct kernel_sigaction { handler; unsigned long flags; restorer; u64 mask; }; it never returns to the restorer
+        action = bytearray(struct.pack("<QQQQ", pages.address, _SA_SIGINFO | _SA_RESTORER, pages.address, _ALL_SIGNALS))
+        address, _anchor = address_of(action)
+        try:
+            syscall(_RT_SIGACTION, _SIGSYS, address, 0, 8)
+        except OSError as error:
+            raise HostError.from_os("the handler of SIGSYS", error, _HINT) from error
+        self._pages = pages
+        _FOREVER.append(pages)
+
+    def name_calls(self, names: dict[int, str]) -> None:
+        """Let the handler call system calls by their names; until then it has their numbers only. Once, on the main thread."""
+        pages = self._pages
+        if pages is None:
+            return
+        count = min(max(names) + 1, _MAX_CALLS)
+        table = b"".join(names.get(number, "").encode().ljust(_NAME_SIZE, b"\0") for number in range(count))
+        pages.view[_PAGE + _NAMES_AT : _PAGE + _NAMES_AT + len(table)] = table
+        pages.view[_PAGE + 4 : _PAGE + 8] = struct.pack("<I", count)
+        syscall(_MPROTECT, pages.address + _PAGE, _DATA_PAGES * _PAGE, _PROT_READ)
+
+    def confine(self, kind: int) -> None:
+        """From now on this thread, and those that it starts, can do what its kind may and no more. Raises: HostError."""
+        program = bytearray(self._program(kind))
+        address, _anchor = address_of(program)
+        # struct sock_fprog { unsigned short len; struct sock_filter *filter; }
+        header = bytearray(struct.pack("<HxxxxxxQ", len(program) // 8, address))
+        header_at, _header_anchor = address_of(header)
+        try:
+            try:
+                syscall(_SECCOMP, _SET_MODE_FILTER, _SPEC_ALLOW, header_at)
+            except OSError as error:
+                if error.errno != _EINVAL:
+                    raise
+                syscall(_SECCOMP, _SET_MODE_FILTER, 0, header_at)  # before Linux 4.17
+        except OSError as error:
+            raise HostError.from_os("seccomp(SECCOMP_SET_MODE_FILTER)", error, _HINT) from error
+
+    def _program(self, kind: int) -> bytes:
+        program = FILTERS[kind].replace(_PID_MARK, struct.pack("<I", os.getpid()))
+        if self._io_uring:
+            program = program.replace(_IO_URING_MARK, _ALLOWED)
+        if self._pages is None:
+            program = b"".join(
+                code[:4] + _KILLED if code[0] == 0x06 and code[6:] == _TRAP_MARK else code
+                for code in (program[at : at + 8] for at in range(0, len(program), 8)))
+        return program

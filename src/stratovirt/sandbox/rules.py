@@ -1,0 +1,195 @@
+"""What the threads of a running machine may ask of the kernel, and why: the source of the filters.
+
+One row is one call, the kinds of threads it is for, the reason, and what its arguments must be. Not on the way to a running
+guest: `generate.py` makes bytes of it, and a test holds the two together.
+
+Kinds of threads:
+    VCPU       in KVM_RUN, and in the registers of devices
+    IOTHREAD   the loop of an -object iothread, and the threads that do the requests of its disks
+    MAIN       the main loop: QMP, hot-plug, devices without an iothread, the end; and the threads of its disks
+"""
+
+from __future__ import annotations
+
+from stratovirt.sandbox import IOTHREAD, MAIN, VCPU
+from stratovirt.sandbox.bpf import ALLOW, ERRNO
+
+_V, _I, _M = 1 << VCPU, 1 << IOTHREAD, 1 << MAIN
+_VI, _VM, _IM, _ALL = _V | _I, _V | _M, _I | _M, _V | _I | _M
+
+# Stand for what is known at start only; `kernel.py` puts the real thing there.
+OWN_PID = 0x7E57_C0DE
+IF_IO_URING = ERRNO | 1  # EPERM, or ALLOW when a -drive has aio=io_uring
+
+_ENOSYS = ERRNO | 38  # "this kernel does not know it": the C library falls back to what there was before
+
+
+class Test:
+    """Argument `argument`, its low 32 bits, is one of `values`, or has none of the `forbidden_bits`. `words` says it."""
+
+    __slots__ = ("argument", "forbidden_bits", "values", "words")
+
+    def __init__(self, argument: int, words: str, values: tuple[int, ...] = (), forbidden_bits: int = 0) -> None:
+        self.argument = argument
+        self.words = words
+        self.values = values
+        self.forbidden_bits = forbidden_bits
+
+
+class Rule:
+    """`kinds` is a set of bits, 1 << kind; `action` what the kernel does when all `tests` pass."""
+
+    __slots__ = ("action", "call", "kinds", "reason", "tests")
+
+    def __init__(self, kinds: int, call: str, reason: str, *tests: Test, action: int = ALLOW) -> None:
+        self.kinds = kinds
+        self.call = call
+        self.reason = reason
+        self.tests = tests
+        self.action = action
+
+    @property
+    def allows(self) -> bool:
+        return self.action in (ALLOW, IF_IO_URING)
+
+
+KVM_ON_VCPU_THREADS = {"KVM_RUN": 0xAE80}
+KVM_ON_MAIN = {  # a look at a vCPU that has failed or stands still, and a reset, which reads its values from a fresh machine
+    "KVM_CREATE_VM": 0xAE01, "KVM_CHECK_EXTENSION": 0xAE03, "KVM_GET_VCPU_MMAP_SIZE": 0xAE04,
+    "KVM_GET_MSR_INDEX_LIST": 0xC004_AE02, "KVM_CREATE_VCPU": 0xAE41, "KVM_SET_TSS_ADDR": 0xAE47,
+    "KVM_SET_IDENTITY_MAP_ADDR": 0x4008_AE48, "KVM_CREATE_IRQCHIP": 0xAE60, "KVM_CREATE_PIT2": 0x4040_AE77,
+    "KVM_GET_IRQCHIP": 0xC208_AE62, "KVM_SET_IRQCHIP": 0x8208_AE63, "KVM_GET_PIT2": 0x8070_AE9F, "KVM_SET_PIT2": 0x4070_AEA0,
+    "KVM_GET_REGS": 0x8090_AE81, "KVM_SET_REGS": 0x4090_AE82, "KVM_GET_SREGS": 0x8138_AE83, "KVM_SET_SREGS": 0x4138_AE84,
+    "KVM_GET_MSRS": 0xC008_AE88, "KVM_SET_MSRS": 0x4008_AE89, "KVM_GET_FPU": 0x81A0_AE8C, "KVM_SET_FPU": 0x41A0_AE8D,
+    "KVM_GET_LAPIC": 0x8400_AE8E, "KVM_SET_LAPIC": 0x4400_AE8F, "KVM_SET_CPUID2": 0x4008_AE90,
+    "KVM_GET_MP_STATE": 0x8004_AE98, "KVM_SET_MP_STATE": 0x4004_AE99,
+    "KVM_GET_VCPU_EVENTS": 0x8040_AE9F, "KVM_SET_VCPU_EVENTS": 0x4040_AEA0,
+    "KVM_GET_DEBUGREGS": 0x8080_AEA1, "KVM_SET_DEBUGREGS": 0x4080_AEA2, "KVM_GET_XSAVE": 0x9000_AEA4,
+    "KVM_SET_XSAVE": 0x5000_AEA5, "KVM_GET_XCRS": 0x8188_AEA6, "KVM_SET_XCRS": 0x4188_AEA7, "KVM_TRANSLATE": 0xC018_AE85,
+}
+VHOST = {  # a driver's set-up and reset of a device that the kernel serves, its pause, and its cable
+    "VHOST_SET_FEATURES": 0x4008_AF00, "VHOST_SET_VRING_NUM": 0x4008_AF10, "VHOST_SET_VRING_ADDR": 0x4028_AF11,
+    "VHOST_SET_VRING_BASE": 0x4008_AF12, "VHOST_GET_VRING_BASE": 0xC008_AF12, "VHOST_SET_VRING_KICK": 0x4008_AF20,
+    "VHOST_SET_VRING_CALL": 0x4008_AF21, "VHOST_SET_VRING_ERR": 0x4008_AF22, "VHOST_NET_SET_BACKEND": 0x4008_AF30,
+    "VHOST_VSOCK_SET_RUNNING": 0x4004_AF61,
+}
+VHOST_OPENING = {  # netdev_add with vhost=on
+    "VHOST_SET_OWNER": 0xAF01, "VHOST_GET_FEATURES": 0x8008_AF00, "VHOST_SET_MEM_TABLE": 0x4008_AF03,
+}
+TAP_IN_USE = {"TUNSETOFFLOAD": 0x4004_54D0}
+TAP_OPENING = {"TUNSETIFF": 0x4004_54CA, "TUNGETIFF": 0x8004_54D2, "TUNSETVNETHDRSZ": 0x4004_54D8}
+DISK = {"BLKDISCARD": 0x1277}
+DESCRIPTOR = {"FIONBIO": 0x5421, "FIOCLEX": 0x5451}
+TERMINAL = {"TCGETS": 0x5401, "TCSETS": 0x5402}
+
+_PROT_EXEC = 4
+_AT_FDCWD = -100 & 0xFFFF_FFFF
+_O_WRONLY, _O_RDWR, _O_CREAT, _O_NOCTTY, _O_APPEND = 0o1, 0o2, 0o100, 0o400, 0o2000
+_O_NONBLOCK, _O_DIRECT, _O_DIRECTORY, _O_CLOEXEC = 0o4000, 0o40000, 0o200000, 0o2000000
+_OPEN_EXISTING = _O_WRONLY | _O_RDWR | _O_NONBLOCK | _O_DIRECT | _O_DIRECTORY | _O_CLOEXEC
+_NOT_TO_OPEN = ~_OPEN_EXISTING & 0xFFFF_FFFF
+_OPEN_LOG = _O_WRONLY | _O_APPEND | _O_CREAT | _O_CLOEXEC | _O_NOCTTY
+# CLONE_VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID: what pthread_create asks for
+_CLONE_THREAD = 0x003D_0F00
+_MADV_DONTNEED, _MADV_REMOVE = 4, 9
+_SIGABRT, _KICK_SIGNAL = 6, 34
+_SOCK_STREAM, _SOCK_CLOEXEC = 1, 0o2000000
+
+
+def _requests(*groups: dict[str, int]) -> Test:
+    names = {name: value for group in groups for name, value in group.items()}
+    return Test(1, ", ".join(names), tuple(names.values()))
+
+
+_NOT_EXECUTABLE = Test(2, "not PROT_EXEC", forbidden_bits=_PROT_EXEC)
+_TO_ITSELF = Test(0, "this process", (OWN_PID,))
+
+RULES = (
+    # -- what a guest keeps busy
+    Rule(_V, "ioctl", "the guest runs; a driver sets up or resets a device that the kernel serves",
+         _requests(KVM_ON_VCPU_THREADS, VHOST, TAP_IN_USE)),
+    Rule(_I, "ioctl", "discards on block devices; the cable and offloads of interfaces",
+         _requests(TAP_IN_USE, DISK, VHOST)),
+    Rule(_M, "ioctl", "reset, a vCPU's state, taps, vhost, discards, sockets and terminals",
+         _requests(DESCRIPTOR, TAP_IN_USE, VHOST, DISK, TERMINAL, TAP_OPENING, VHOST_OPENING, KVM_ON_MAIN)),
+    Rule(_ALL, "futex", "locks: the interpreter's, those of devices"),
+    Rule(_ALL, "write", "eventfds (interrupts, wake-ups), character devices, the log"),
+    Rule(_ALL, "read", "eventfds, character devices, QMP's files"),
+    Rule(_IM, "epoll_wait", "the event loop"),
+    Rule(_IM, "preadv2", "disk reads"),
+    Rule(_IM, "pwritev2", "disk writes"),
+    Rule(_ALL, "readv", "frames from taps, also stale ones that a driver's start drops; random bytes"),
+    Rule(_IM, "writev", "frames to taps"),
+    Rule(_ALL, "io_submit", "aio=native; a reset on a vCPU's thread waits for the requests in flight, and begins the rest"),
+    Rule(_ALL, "io_getevents", "aio=native: the ends of requests"),
+    Rule(_ALL, "io_uring_enter", "aio=io_uring, if a -drive has it, else EPERM", action=IF_IO_URING),
+    Rule(_IM, "fdatasync", "a guest's flush"),
+    Rule(_IM, "fallocate", "discard, zeroes"),
+    Rule(_ALL, "lseek", "the size of an image, looked at again by flush and reset"),
+    Rule(_ALL, "poll", "waits with a deadline: requests in flight, stderr, clients' last events"),
+    Rule(_ALL, "clock_gettime", "time where the vDSO has none; the processor time of vCPU threads (halt watch)"),
+
+    # -- memory and threads of the interpreter
+    Rule(_ALL, "mmap", "the interpreter's memory, stacks, rings, a kernel loaded anew", _NOT_EXECUTABLE),
+    Rule(_ALL, "mprotect", "the C library grows its heaps", _NOT_EXECUTABLE),
+    Rule(_ALL, "munmap", "memory given back"),
+    Rule(_ALL, "mremap", "large buffers that grow"),
+    Rule(_ALL, "brk", "the C library's heap"),
+    Rule(_VI, "madvise", "a thread's stack at its end", Test(2, "MADV_DONTNEED", (_MADV_DONTNEED,))),
+    Rule(_M, "madvise", "the balloon and a reset give pages back",
+         Test(2, "MADV_DONTNEED, MADV_REMOVE", (_MADV_DONTNEED, _MADV_REMOVE))),
+    Rule(_IM, "clone", "threads for the requests of disks",
+         Test(0, "the flags of pthread_create", (_CLONE_THREAD,))),
+    Rule(_IM, "rseq", "the C library aborts when a new thread does not get what the first one got", Test(2, "no flags", (0,))),
+    Rule(_ALL, "rt_sigprocmask", "threads begin and end with signals blocked"),
+    Rule(_ALL, "rt_sigreturn", "the end of a signal's handler: the kick of a vCPU, SIGTERM"),
+    Rule(_ALL, "restart_syscall", "the kernel goes on with a wait after SIGSTOP and SIGCONT"),
+    Rule(_VI, "tgkill", "the interpreter's last resort is abort()", _TO_ITSELF, Test(2, "SIGABRT", (_SIGABRT,))),
+    Rule(_M, "tgkill", "vCPUs are kicked out of the guest", _TO_ITSELF,
+         Test(2, "SIGABRT, the kick signal", (_SIGABRT, _KICK_SIGNAL))),
+    Rule(_ALL, "getpid", "the log; the C library sends signals with it"),
+    Rule(_ALL, "gettid", "the log"),
+    Rule(_ALL, "exit", "the end of a thread"),
+    Rule(_M, "exit_group", "the end of the process"),
+
+    # -- descriptors
+    Rule(_ALL, "epoll_ctl", "what a loop waits for"),
+    Rule(_ALL, "close", "what is unplugged, clients that leave; a driver's reset forgets a watched tap"),
+    Rule(_ALL, "eventfd2", "engines of disks, interrupts of vhost"),
+    Rule(_IM, "fcntl", "image locks; a tap is watched for room under a second number",
+         Test(1, "F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_DUPFD_CLOEXEC", (3, 36, 37, 1030))),
+    Rule(_IM, "io_setup", "the engine of aio=native"),
+    Rule(_IM, "io_destroy", "the same, closed"),
+    Rule(_IM, "io_uring_setup", "the engine of aio=io_uring, if a -drive has it, else EPERM", action=IF_IO_URING),
+    Rule(_IM, "io_uring_register", "its eventfd", Test(1, "IORING_REGISTER_EVENTFD", (4,)), action=IF_IO_URING),
+
+    # -- QMP and files, on the main thread
+    Rule(_M, "recvmsg", "QMP requests, with descriptors"),
+    Rule(_M, "sendto", "QMP answers, consoles on sockets"),
+    Rule(_M, "accept4", "clients of QMP and of consoles", Test(3, "SOCK_CLOEXEC", (_SOCK_CLOEXEC,))),
+    Rule(_M, "getsockname", "Python asks what kind of socket a client's is"),
+    Rule(_M, "openat", "blockdev-add, taps, vhost, modules that are imported late: files that exist",
+         Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "no O_CREAT, O_TRUNC, O_PATH", forbidden_bits=_NOT_TO_OPEN)),
+    Rule(_M, "openat", "a new log file", Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "the flags of the log", (_OPEN_LOG,))),
+    Rule(_M, "newfstatat", "what kind of file an image is; whether a socket is still ours"),
+    Rule(_M, "getdents64", "modules that are imported late"),
+    Rule(_M, "rename", "the log's rotation"),
+    Rule(_M, "dup3", "the log's descriptor keeps its number"),
+    Rule(_M, "unlink", "sockets and pid file, at the end"),
+    Rule(_M, "socketpair", "the machine is taken apart behind the process's end",
+         Test(0, "AF_UNIX", (1,)), Test(1, "SOCK_STREAM | SOCK_CLOEXEC", (_SOCK_STREAM | _SOCK_CLOEXEC,))),
+    Rule(_M, "sendmsg", "the same"),
+
+    # -- what must fail the way an old kernel fails
+    Rule(_IM, "clone3", "its flags are in memory, where no filter can look: the C library takes clone", action=_ENOSYS),
+    Rule(_IM, "set_robust_list", "every new thread asks, and does without", action=_ENOSYS),
+)
+
+
+def rules_of(kind: int) -> tuple[Rule, ...]:
+    return tuple(rule for rule in RULES if rule.kinds >> kind & 1)
+
+
+def allowed_calls(kind: int) -> set[str]:
+    """The calls that such a thread may make, with the right arguments."""
+    return {rule.call for rule in rules_of(kind) if rule.allows}
