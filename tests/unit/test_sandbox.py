@@ -134,8 +134,9 @@ def test_other_architectures_and_the_x32_abi(kind: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", ["execve", "execveat", "ptrace", "fork", "vfork", "process_vm_writev", "prctl", "seccomp",
                                   "bpf", "unshare", "setns", "mount", "socket", "connect", "bind", "memfd_create", "kill",
-                                  "tkill", "rt_sigaction", "rt_sigqueueinfo", "pkey_mprotect", "personality", "setuid", "capset",
-                                  "open", "creat", "symlink", "link", "chmod", "ftruncate", "userfaultfd", "perf_event_open"])
+                                  "tkill", "rt_sigaction", "rt_sigqueueinfo", "pkey_mprotect", "personality", "setuid",
+                                  "capset", "open", "creat", "symlink", "link", "chmod", "ftruncate", "userfaultfd",
+                                  "perf_event_open"])
 def test_nobody_needs_these(kind: int, call: str) -> None:
     assert answer(kind, call) == TRAP | kind
 

@@ -11,6 +11,7 @@ import stratovirt
 _LEFT_OUT = (
     "stratovirt.cli.doctor", "stratovirt.cli.guest_console", "stratovirt.cli.reference", "stratovirt.cli.run",
     "stratovirt.control.reference", "stratovirt.hypervisor.test_accel", "stratovirt.launcher", "stratovirt.machine.probe",
+    "stratovirt.sandbox.generate", "stratovirt.sandbox.report",
 )
 
 
