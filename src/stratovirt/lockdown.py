@@ -53,13 +53,13 @@ class Lockdown:
         """Confine the main thread, whose loop is about to run. Raises: HostError."""
         if self._sandbox is None:
             return
-        from stratovirt.sandbox.calls import NAMES
+        from stratovirt.sandbox.calls import by_number
 
         if self._has_disks:
             self._fetch()
         sys.dont_write_bytecode = True  # a module that is imported late leaves no file behind
         log.LOG.rotate_through(loop.call_soon)
-        self._sandbox.name_calls(NAMES)
+        self._sandbox.name_calls(by_number())
         self._sandbox.confine(MAIN)
 
     def _fetch(self) -> None:

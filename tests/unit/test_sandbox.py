@@ -20,7 +20,7 @@ from stratovirt.hypervisor.kvm import _uapi as kvm
 from stratovirt.lockdown import DISK_MODULES
 from stratovirt.machine.vcpus import KICK_SIGNAL
 from stratovirt.sandbox import IOTHREAD, KIND_NAMES, KINDS, MAIN, VCPU, bpf, generate, kernel, report, rules, tables
-from stratovirt.sandbox.calls import NAMES, NUMBERS
+from stratovirt.sandbox.calls import by_number, numbers
 from stratovirt.vhost import _uapi as vhost
 from unit.bpf_machine import check, run
 
@@ -28,6 +28,8 @@ SOURCE = Path(generate.__file__).resolve().parents[2]
 ALLOW, TRAP, KILL = 0x7FFF_0000, 0x0003_0000, 0x8000_0000
 ENOSYS, EPERM = 0x0005_0000 | 38, 0x0005_0000 | 1
 PID = 4711
+NUMBERS = numbers()
+NAMES = {number: name for name, number in NUMBERS.items()}
 X86_64 = os.uname().machine == "x86_64"
 only_x86_64 = pytest.mark.skipif(not X86_64, reason="filters are for x86_64 hosts")
 
@@ -78,9 +80,9 @@ def test_names_and_numbers_of_calls() -> None:
     assert len(NAMES) == len(NUMBERS)
     assert (NUMBERS["read"], NUMBERS["execve"], NUMBERS["seccomp"], NUMBERS["clone3"], NUMBERS["io_uring_setup"]) == (
         0, 59, 317, 435, 425)
-    assert max(map(len, NUMBERS)) < kernel._NAME_SIZE
-    assert max(NAMES) < kernel._MAX_CALLS
-    assert all(len(name) < kernel._NAME_SIZE for name in KIND_NAMES)
+    assert by_number()[450] == "set_mempolicy_home_node"
+    assert kernel._NAMES_AT + len("|".join(by_number())) < kernel._DATA_PAGES * kernel._PAGE
+    assert all(len(name) < kernel._KIND_SIZE for name in KIND_NAMES)
 
 
 # -- the counts
@@ -279,12 +281,12 @@ def in_sandbox(kind: int, act: str, prepare: str = "", named: bool = True,
 import os, select, sys, _thread
 sys.path.insert(0, {str(SOURCE)!r})
 from stratovirt.sandbox.kernel import Sandbox
-from stratovirt.sandbox.calls import NAMES
+from stratovirt.sandbox.calls import by_number
 from stratovirt.hostmap import syscall
 {prepare}
 sandbox = Sandbox(2, False)
 if {named}:
-    sandbox.name_calls(NAMES)
+    sandbox.name_calls(by_number())
 def act():
     sandbox.confine({kind})
     {act}
@@ -324,6 +326,16 @@ def test_a_violation_by_arguments_says_so(kind: int) -> None:
     assert done.returncode == -signal.SIGSYS
     assert f"system call mmap (9) is not allowed with these arguments on {KIND_NAMES[kind]}; arguments 0x0, 0x1000, 0x7; " \
         in done.stderr
+
+
+@only_x86_64
+@pytest.mark.parametrize(("number", "words"), [(2, "open (2)"), (334, "rseq (334)"), (335, "(335)"), (423, "(423)"),
+                                               (424, "pidfd_send_signal (424)"), (450, "set_mempolicy_home_node (450)"),
+                                               (451, "(451)"), (0x3FFF_FFFF, "(1073741823)")])
+def test_calls_by_name_and_number(number: int, words: str) -> None:
+    done = in_sandbox(VCPU, f"syscall({number})")
+    assert done.returncode == -signal.SIGSYS
+    assert f"ERROR: system call {words} is not allowed on " in done.stderr
 
 
 @only_x86_64

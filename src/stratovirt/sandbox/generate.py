@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stratovirt.sandbox import KINDS, tables
 from stratovirt.sandbox.bpf import compile_filter
-from stratovirt.sandbox.calls import NUMBERS
+from stratovirt.sandbox.calls import numbers
 from stratovirt.sandbox.rules import rules_of
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ _WIDTH = 120
 
 
 def filters() -> tuple[bytes, ...]:
-    return tuple(compile_filter(rules_of(kind), NUMBERS, kind) for kind in KINDS)
+    return tuple(compile_filter(rules_of(kind), numbers(), kind) for kind in KINDS)
 
 
 def can_assemble() -> bool:

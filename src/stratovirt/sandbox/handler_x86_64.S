@@ -10,7 +10,7 @@
 #   0    u32  descriptor of the log
 #   4    u32  how many names follow
 #   8    four names of kinds of threads, of 24 bytes, padded with zeroes
-#   104  names of system calls by number, of 24 bytes, padded with zeroes
+#   104  names of system calls by number, each with a zero behind it
 #
 # A filter's SECCOMP_RET_DATA arrives as si_errno: the kind of the thread, plus 16 when the call would be allowed with
 # other arguments.
@@ -152,9 +152,14 @@ handler:
         mov     ebx, [r12 + 24]                 # the call: its name if there is one, and its number
         cmp     ebx, [r15 + 4]
         jae     2f
-        imul    rsi, rbx, 24
-        lea     rsi, [r15 + rsi + 104]
-        cmp     byte ptr [rsi], 0
+        lea     rsi, [r15 + 104]
+        mov     ecx, ebx
+        jrcxz   11f
+9:      lodsb                                   # one name further
+        test    al, al
+        jnz     9b
+        loop    9b
+11:     cmp     byte ptr [rsi], 0
         je      2f
         call    text
         mov     al, ' '

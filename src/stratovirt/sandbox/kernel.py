@@ -31,10 +31,9 @@ _SA_SIGINFO, _SA_RESTORER = 0x4, 0x0400_0000
 _EINVAL, _EACCES = 22, 13
 
 _PAGE = 4096
-_DATA_PAGES = 3
-_NAME_SIZE, _MAX_CALLS = 24, 480
-_NAMES_AT = 8 + 4 * _NAME_SIZE
-assert _NAMES_AT + _NAME_SIZE * _MAX_CALLS <= _DATA_PAGES * _PAGE
+_DATA_PAGES = 2
+_KIND_SIZE = 24
+_NAMES_AT = 8 + 4 * _KIND_SIZE
 _DATA_MARK = b"startvit"  # in the handler's code, where the address of its data goes
 # In the filters' code: see rules.py.
 _PID_MARK = struct.pack("<I", 0x7E57_C0DE)
@@ -64,7 +63,7 @@ class Sandbox:
         pages = HostMapping((1 + _DATA_PAGES) * _PAGE)
         data_at = pages.address + _PAGE
         pages.view[: len(HANDLER)] = HANDLER.replace(_DATA_MARK, struct.pack("<Q", data_at))
-        names = "".join(name.ljust(_NAME_SIZE, "\0") for name in KIND_NAMES).encode()
+        names = "".join(name.ljust(_KIND_SIZE, "\0") for name in KIND_NAMES).encode()
         data = struct.pack("<II", log_fd, 0) + names
         pages.view[_PAGE : _PAGE + len(data)] = data
         try:
@@ -83,15 +82,16 @@ class Sandbox:
         self._pages = pages
         _FOREVER.append(pages)
 
-    def name_calls(self, names: dict[int, str]) -> None:
-        """Let the handler call system calls by their names; until then it has their numbers only. Once, on the main thread."""
+    def name_calls(self, names: list[str]) -> None:
+        """Let the handler call system calls by their names, which come by number; until then it has the numbers only. Once, on
+        the main thread.
+        """
         pages = self._pages
         if pages is None:
             return
-        count = min(max(names) + 1, _MAX_CALLS)
-        table = b"".join(names.get(number, "").encode().ljust(_NAME_SIZE, b"\0") for number in range(count))
+        table = "\0".join(names).encode() + b"\0"
         pages.view[_PAGE + _NAMES_AT : _PAGE + _NAMES_AT + len(table)] = table
-        pages.view[_PAGE + 4 : _PAGE + 8] = struct.pack("<I", count)
+        pages.view[_PAGE + 4 : _PAGE + 8] = struct.pack("<I", len(names))
         syscall(_MPROTECT, pages.address + _PAGE, _DATA_PAGES * _PAGE, _PROT_READ)
 
     def confine(self, kind: int) -> None:
