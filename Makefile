@@ -18,7 +18,7 @@ help:
 	@echo "make run [CMD='…']               a microVM: a shell in it, or one command's output"
 	@echo "make lab [CMD='…'] [ARCH=aarch64] [SHARE=dir] [ICOUNT=1] [DEADLINE=seconds]"
 	@echo "                                the emulated host, x86_64 or arm64: a shell in it, or one command's output"
-	@echo "make test [TIER=unit|kvm|lab-x86|fuzz] [LONG=1]"
+	@echo "make test [TIER=unit|kvm|fuzz|readme|lab-x86] [LONG=1]"
 	@echo "                                checks and tests; all tiers, or one; LONG=1: the long ones, too"
 	@echo "make bench [BENCH=name]          side-by-side measurements, as JSON lines"
 	@echo "make setup                       packages, .venv and guest assets, without running anything"

@@ -1,4 +1,4 @@
-"""Runs the test tiers: `tests/tiers.py [unit|kvm|lab-x86|fuzz]`, all of them without an argument.
+"""Runs the test tiers: `tests/tiers.py [unit|kvm|fuzz|readme|lab-x86]`, all of them without an argument.
 
 Checks (lint, types) and pytest runs are told apart in the summary, each skip is named with its reason, and the last line
 alone is "N passed, N failed, N skipped". A check that fails counts as a failure, and so does a tier that should have run
@@ -24,7 +24,7 @@ PYTHON = sys.executable
 sys.path.insert(0, str(ROOT))
 
 # Seconds after which a tier is ended as failed: well above what two slow cores need.
-DEADLINES = {"checks": 600, "unit": 600, "kvm": 900, "fuzz": 900, "lab-x86": 3000}
+DEADLINES = {"checks": 600, "unit": 600, "kvm": 900, "fuzz": 900, "readme": 1500, "lab-x86": 3000}
 
 
 # A test of real guests ends by its own deadlines long before this.
@@ -133,6 +133,11 @@ def kvm(result: Result, folder: Path) -> None:
 def fuzz(result: Result, folder: Path) -> None:
     """A short, deterministic fuzz run over what guests and clients can reach."""
     run_pytest(result, folder, "tests/fuzz")
+
+
+def readme(result: Result, folder: Path) -> None:
+    """The README's first command, `make run`, in the ways a newcomer would type it."""
+    run_pytest(result, folder, "tests/readme")
 
 
 def lab_x86(result: Result, folder: Path) -> None:
@@ -292,6 +297,7 @@ TIERS: dict[str, Callable[[Result, Path], None]] = {
     "unit": unit,
     "kvm": kvm,
     "fuzz": fuzz,
+    "readme": readme,
     "lab-x86": lab_x86,
 }
 
