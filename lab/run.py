@@ -16,7 +16,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import selectors
+import select
 import shlex
 import shutil
 import signal
@@ -146,7 +146,7 @@ class Lab:
             for end in theirs.values():
                 end.close()
             try:
-                in_time = self._relay(qemu, ours, time.monotonic() + deadline)
+                in_time = self._relay(qemu, ours, interactive, time.monotonic() + deadline)
             finally:
                 if qemu.poll() is None:
                     qemu.kill()
@@ -208,28 +208,34 @@ class Lab:
         words = "console=ttyAMA0 quiet panic=-1 mitigations=off nokaslr rcupdate.rcu_expedited=1 audit=0 apparmor=0 nowatchdog"
         return [*ARM64_MACHINE, *processors, "-append", words]
 
-    def _relay(self, qemu: subprocess.Popen[bytes], ends: dict[str, socket.socket], until: float) -> bool:
+    def _relay(self, qemu: subprocess.Popen[bytes], ends: dict[str, socket.socket], interactive: bool, until: float) -> bool:
         """Pass the streams on until QEMU has ended and all is read. False when `until`, or the time to boot, comes first."""
         booted_until = min(until, time.monotonic() + BOOT_SECONDS)
-        with selectors.DefaultSelector() as selector:
-            for name, end in ends.items():
-                selector.register(end, selectors.EVENT_READ, name)
-            while selector.get_map():
-                left = (until if self.status.startswith(READY) else booted_until) - time.monotonic()
-                if left <= 0:
-                    return False
-                for key, _ in selector.select(left):
-                    end = ends[key.data]
-                    try:
-                        data = end.recv(1 << 16)
-                    except ConnectionResetError:
-                        data = b""
-                    if not data:
-                        selector.unregister(end)
-                    elif key.data == "status":
-                        self.status += data
-                    else:
-                        _write_all(1 if key.data == "out" else 2, data)
+        poller, names = select.poll(), {end.fileno(): name for name, end in ends.items()}
+        for descriptor in names:
+            poller.register(descriptor, select.POLLIN)
+        if interactive and sys.stdin.isatty():
+            # A terminal that was closed. Its SIGHUP reaches the session's leader, and make, if that is it, does not pass it on.
+            poller.register(0, 0)
+        while names:
+            left = (until if self.status.startswith(READY) else booted_until) - time.monotonic()
+            if left <= 0:
+                return False
+            for descriptor, _ in poller.poll(left * 1000):
+                if descriptor == 0:
+                    raise SystemExit(128 + signal.SIGHUP)
+                name = names[descriptor]
+                try:
+                    data = ends[name].recv(1 << 16)
+                except ConnectionResetError:
+                    data = b""
+                if not data:
+                    poller.unregister(descriptor)
+                    del names[descriptor]
+                elif name == "status":
+                    self.status += data
+                else:
+                    _write_all(1 if name == "out" else 2, data)
         try:
             qemu.wait(max(1.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
