@@ -49,7 +49,7 @@ def guest() -> bytes:
     return asm.kernel(Load(memory.read(RINGS, BUFFERS + 0x2_0000 * BATCH - RINGS), RINGS))
 
 
-@pytest.mark.parametrize(("place", "aio"), [("main", "off"), ("iothread", "off"), ("iothread", "threads")])
+@pytest.mark.parametrize(("place", "aio"), [("main", "off"), ("iothread", "off")])
 def test_qmp_answers_while_the_disk_is_read(launch, tmp_path: Path, place: str, aio: str) -> None:
     image, socket = tmp_path / "disk.img", tmp_path / "qmp.socket"
     image.write_bytes(os.urandom(LENGTH * BATCH))
