@@ -154,7 +154,7 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
         if config.seccomp:
             from stratovirt.lockdown import Lockdown
 
-            sandbox = Lockdown(config, log.LOG.fd)
+            sandbox = Lockdown(config, loop)
             machine.start(sandbox.confine)
         else:
             machine.start()
@@ -165,7 +165,7 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
         for listener in listeners:
             listener.serve(machine)
         if sandbox is not None:
-            sandbox.confine_main(loop)
+            sandbox.confine_main()
         loop.run()
         for listener in listeners:
             listener.flush(QMP_FLUSH_SECONDS)

@@ -21,6 +21,7 @@ _MAP_FIXED = 0x10
 _MADV_DONTNEED = 4
 _MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23
+_M_ARENA_MAX = -8
 _NR_MBIND = 237 if os.uname().machine == "x86_64" else 235
 _CLEAR_STEP = 1 << 20
 
@@ -176,6 +177,17 @@ def syscall(number: int, *arguments: int) -> int:
         errno = _ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
     return int(result)
+
+
+def use_one_heap() -> None:
+    """Let all threads share the C library's first heap: the interpreter's lock keeps them apart anyway. Otherwise each of the
+    first eight gets a heap, and the ninth reads the number of processors from a file first, which it may not by then.
+    """
+    try:
+        mallopt = _CFunction(_ctypes.dlsym(_libc, "mallopt"))
+    except OSError:
+        return  # another C library, with other ways
+    mallopt(_Int(_M_ARENA_MAX), _Int(1))
 
 
 def ioctl_address(fd: int, request: int, address: int) -> None:

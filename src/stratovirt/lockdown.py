@@ -27,12 +27,12 @@ DISK_MODULES = (
 
 
 class Lockdown:
-    """One process's sandbox; nothing but a line in the log where this version has no filters yet.
+    """One process's sandbox; nothing but a line in the log where this version has no filters yet. `loop` is the main thread's.
 
     Thread: the main thread, before it starts others. Raises: HostError when the host cannot do it.
     """
 
-    def __init__(self, config: VmConfig, log_fd: int) -> None:
+    def __init__(self, config: VmConfig, loop: EventLoop) -> None:
         self._has_disks = bool(config.drives or config.qmp)  # a QMP client may plug one in
         self._sandbox: Sandbox | None = None
         if os.uname().machine != "x86_64":
@@ -40,7 +40,8 @@ class Lockdown:
             return
         from stratovirt.sandbox.kernel import Sandbox
 
-        self._sandbox = Sandbox(log_fd, any(drive.aio == "io_uring" for drive in config.drives.values()))
+        log.LOG.rotate_through(loop.call_soon)  # threads that are confined before this one may have something to tell
+        self._sandbox = Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()))
 
     def confine(self, kind: int) -> None:
         """Confine the calling thread, which is new. Raises: HostError."""
@@ -49,17 +50,13 @@ class Lockdown:
                 self._fetch()
             self._sandbox.confine(kind)
 
-    def confine_main(self, loop: EventLoop) -> None:
+    def confine_main(self) -> None:
         """Confine the main thread, whose loop is about to run. Raises: HostError."""
         if self._sandbox is None:
             return
-        from stratovirt.sandbox.calls import by_number
-
         if self._has_disks:
             self._fetch()
         sys.dont_write_bytecode = True  # a module that is imported late leaves no file behind
-        log.LOG.rotate_through(loop.call_soon)
-        self._sandbox.name_calls(by_number())
         self._sandbox.confine(MAIN)
 
     def _fetch(self) -> None:

@@ -52,7 +52,8 @@ def _set_up() -> tuple[int, tuple[int, ...]]:
     try:
         fd = syscall(IO_URING_SETUP, DEPTH, address)
     except OSError as error:
-        raise HostError.from_os("io_uring_setup", error, "see sysctl kernel.io_uring_disabled") from error
+        raise HostError.from_os("io_uring_setup", error, "see sysctl kernel.io_uring_disabled; a running machine may do it if "
+                                "it had a -drive aio=io_uring at its start (seccomp)") from error
     values = _PARAMS.unpack(params)
     if values[5] & _NEEDED != _NEEDED:
         os.close(fd)

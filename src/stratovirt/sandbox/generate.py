@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stratovirt.sandbox import KINDS, tables
 from stratovirt.sandbox.bpf import compile_filter
-from stratovirt.sandbox.calls import numbers
+from stratovirt.sandbox.calls import by_number, numbers
 from stratovirt.sandbox.rules import rules_of
 
 HERE = Path(__file__).parent
@@ -45,6 +45,7 @@ def text_of(programs: tuple[bytes, ...], handler: bytes) -> str:
 
     FILTERS    programs of classic BPF, by kind of thread, from rules.py
     HANDLER    machine code, from handler_x86_64.S
+    CALL_NAMES names of system calls by number, with a space between two
 """
 
 from __future__ import annotations
@@ -55,12 +56,20 @@ FILTERS = tuple(map(bytes.fromhex, (
 HANDLER = bytes.fromhex(
 {_quoted(handler).rstrip().removesuffix(",")}
 )
+
+CALL_NAMES = (
+{_in_lines(" ".join(by_number()))}
+)
 '''
 
 
 def _quoted(data: bytes) -> str:
     lines = textwrap.wrap(data.hex(), _WIDTH)
     return "".join(f'    "{line}"\n' for line in lines).rstrip() + ",\n"
+
+
+def _in_lines(text: str) -> str:
+    return "\n".join(f'    "{text[at : at + _WIDTH]}"' for at in range(0, len(text), _WIDTH))
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import os
 import struct
 
 from stratovirt.errors import HostError
-from stratovirt.hostmap import HostMapping, address_of, syscall
+from stratovirt.hostmap import HostMapping, address_of, syscall, use_one_heap
 from stratovirt.sandbox import KIND_NAMES
-from stratovirt.sandbox.tables import FILTERS, HANDLER
+from stratovirt.sandbox.tables import CALL_NAMES, FILTERS, HANDLER
 
 _MPROTECT, _RT_SIGACTION, _PRCTL, _SECCOMP = 10, 13, 157, 317
 _PR_SET_NO_NEW_PRIVS = 38
@@ -53,6 +53,7 @@ class Sandbox:
     def __init__(self, log_fd: int, io_uring: bool) -> None:
         self._io_uring = io_uring
         self._pages: HostMapping | None = None
+        use_one_heap()
         try:
             syscall(_PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         except OSError as error:
@@ -63,11 +64,14 @@ class Sandbox:
         pages = HostMapping((1 + _DATA_PAGES) * _PAGE)
         data_at = pages.address + _PAGE
         pages.view[: len(HANDLER)] = HANDLER.replace(_DATA_MARK, struct.pack("<Q", data_at))
-        names = "".join(name.ljust(_KIND_SIZE, "\0") for name in KIND_NAMES).encode()
-        data = struct.pack("<II", log_fd, 0) + names
+        kinds = "".join(name.ljust(_KIND_SIZE, "\0") for name in KIND_NAMES).encode()
+        calls = CALL_NAMES.split(" ")
+        data = struct.pack("<II", log_fd, len(calls)) + kinds
+        data = data.ljust(_NAMES_AT, b"\0") + "\0".join(calls).encode() + b"\0"
         pages.view[_PAGE : _PAGE + len(data)] = data
         try:
             syscall(_MPROTECT, pages.address, _PAGE, _PROT_READ | _PROT_EXEC)
+            syscall(_MPROTECT, data_at, _DATA_PAGES * _PAGE, _PROT_READ)
         except OSError as error:
             if error.errno != _EACCES:
                 raise HostError.from_os("mprotect of the handler of SIGSYS", error, _HINT) from error
@@ -81,18 +85,6 @@ class Sandbox:
             raise HostError.from_os("the handler of SIGSYS", error, _HINT) from error
         self._pages = pages
         _FOREVER.append(pages)
-
-    def name_calls(self, names: list[str]) -> None:
-        """Let the handler call system calls by their names, which come by number; until then it has the numbers only. Once, on
-        the main thread.
-        """
-        pages = self._pages
-        if pages is None:
-            return
-        table = "\0".join(names).encode() + b"\0"
-        pages.view[_PAGE + _NAMES_AT : _PAGE + _NAMES_AT + len(table)] = table
-        pages.view[_PAGE + 4 : _PAGE + 8] = struct.pack("<I", len(names))
-        syscall(_MPROTECT, pages.address + _PAGE, _DATA_PAGES * _PAGE, _PROT_READ)
 
     def confine(self, kind: int) -> None:
         """From now on this thread, and those that it starts, can do what its kind may and no more. Raises: HostError."""
