@@ -78,6 +78,11 @@ def arm64_initramfs() -> Path:
     return initramfs.stock(debian.tree(ARM64_PACKAGE, ARM64), "stock-arm64", ARM64)
 
 
+def arm64_microvm_initramfs() -> Path:
+    """busybox and init."""
+    return initramfs.small(ARM64)
+
+
 def arm64_vsockcat() -> Path:
     """vsockcat for arm64: made with a cross compiler."""
     return vsockcat.disk(ARM64_COMPILER)
@@ -98,6 +103,9 @@ AARCH64: dict[str, Callable[[], Path]] = {
     "stock-image": arm64_image,
     "stock-image-gz": arm64_image_gz,
     "stock-initramfs": arm64_initramfs,
+    "microvm-image": microvm_kernel.arm64_image,
+    "microvm-image-64k": lambda: microvm_kernel.arm64_image(64),
+    "microvm-initramfs": arm64_microvm_initramfs,
     "root-disk": lambda: initramfs.root_disk(architecture=ARM64),
     "vsockcat": arm64_vsockcat,
 }

@@ -13,9 +13,10 @@ import os
 
 from stratovirt.errors import HostError
 
-PAGE_SIZE = 4096
+PAGE_SIZE = mmap.PAGESIZE  # 4 KiB on x86_64; an arm64 host has pages of 4, 16 or 64 KiB
 
 _PROT_READ_WRITE = 0x1 | 0x2
+_PROT_READ_EXECUTE = 0x1 | 0x4
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MADV_DONTNEED = 4
@@ -188,6 +189,20 @@ def use_one_heap() -> None:
     except OSError:
         return  # another C library, with other ways
     mallopt(_Int(_M_ARENA_MAX), _Int(1))
+
+
+def machine_code(code: bytes) -> _CFunction:
+    """A function without arguments that is `code`, in a page of its own that is never writable. Raises: OSError."""
+    fd = os.memfd_create("stratovirt-code", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, code)
+        address = _libc_mmap(_Word(0), _Word(PAGE_SIZE), _Int(_PROT_READ_EXECUTE), _Int(_MAP_PRIVATE), _Int(fd), _Word(0))
+    finally:
+        os.close(fd)
+    if address == _MAP_FAILED:
+        errno = _ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return _CFunction(address)
 
 
 def ioctl_address(fd: int, request: int, address: int) -> None:

@@ -19,7 +19,7 @@ LAYERS = (
     ("virtio", "devices"),
     ("backends", "vhost"),
     ("loader", "firmware", "arch", "hypervisor"),
-    ("memory", "address_map", "loop", "iothread", "hostmap", "sandbox"),
+    ("memory", "address_map", "loop", "iothread", "hostmap", "barrier", "sandbox"),
     ("log",),
     ("config",),
     ("errors",),
@@ -28,6 +28,7 @@ RANK = {part: len(LAYERS) - number for number, parts in enumerate(LAYERS) for pa
 # Neighbours on one row that may know each other: RAM is made of host mappings.
 NEIGHBOURS = {
     ("memory", "hostmap"),
+    ("barrier", "hostmap"),
     ("iothread", "loop"),
     ("memory", "address_map"),
     ("loader", "arch"),

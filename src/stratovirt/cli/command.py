@@ -160,7 +160,8 @@ def derive_topology(smp: OptionValues, text: str) -> SmpConfig:
 
 
 def _cpu(config: VmConfig, values: list[str]) -> None:
-    read_group(options.CPU, values[0])
+    cpu = read_group(options.CPU, values[0])
+    config.cpu_pmu, config.cpu_sve = cpu.boolean("pmu"), cpu.boolean("sve")
 
 
 def _kernel(config: VmConfig, values: list[str]) -> None:

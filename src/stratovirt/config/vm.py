@@ -147,7 +147,8 @@ class VmConfig:
     """Everything asked for on one command line. Defaults are those of an empty command line."""
 
     __slots__ = (
-        "accel", "chardevs", "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
+        "accel", "chardevs", "cpu_pmu", "cpu_sve",
+        "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
         "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
         "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
         "reboot_action", "rng_backends", "seccomp", "serial", "smp",
@@ -160,6 +161,8 @@ class VmConfig:
         self.mod_test = ""  # the socket that the test accelerator connects to
         self.dump_guest_core = True
         self.smp = SmpConfig()
+        self.cpu_pmu = False  # these two on arm64
+        self.cpu_sve = False
         self.memory_size = 256 * MIB
         self.memory_size_given = False
         self.mem_share = False

@@ -48,8 +48,14 @@ _MAX_PROGRAM_HEADERS = 128  # a Linux kernel has 5
 _MAX_NOTES = 1024
 _MAX_ADDRESS = 1 << 64
 
+EM_AARCH64 = 183
 _MACHINES = {2: "SPARC", 3: "32-bit x86", 8: "MIPS", 20: "PowerPC", 21: "64-bit PowerPC", 22: "S/390", 40: "32-bit ARM",
-             43: "64-bit SPARC", 183: "arm64 (aarch64)", 243: "RISC-V", 247: "BPF", 258: "LoongArch"}
+             43: "64-bit SPARC", EM_AARCH64: "arm64 (aarch64)", 243: "RISC-V", 247: "BPF", 258: "LoongArch"}
+
+
+def machine_name(machine: int) -> str:
+    """The processor of a number in an ELF header, for messages."""
+    return "x86_64" if machine == _EM_X86_64 else _MACHINES.get(machine, f"machine {machine}")
 
 
 def parse(view: memoryview, path: str) -> KernelImage:
@@ -95,9 +101,9 @@ def _check_ident(view: memoryview, path: str) -> None:
         raise refuse(path, "the ELF header is damaged: neither 32 nor 64 bits, or of no known byte order")
     machine = struct.unpack_from("<H" if order == _ELFDATA2LSB else ">H", view, 18)[0]
     if order == _ELFDATA2MSB:
-        raise refuse(path, f"this is a big-endian ELF file for {_MACHINES.get(machine, f'machine {machine}')}")
+        raise refuse(path, f"this is a big-endian ELF file for {machine_name(machine)}")
     if machine != _EM_X86_64:
-        raise refuse(path, f"this is an ELF file for {_MACHINES.get(machine, f'machine {machine}')}, not for x86_64")
+        raise refuse(path, f"this is an ELF file for {machine_name(machine)}, not for x86_64")
     if view[_EI_CLASS] == _ELFCLASS32:
         raise refuse(path, "this is a 32-bit ELF file")
 

@@ -7,8 +7,8 @@ machine's RAM, `page_parts` says which part of a segment can be mapped from the 
 from __future__ import annotations
 
 from stratovirt.errors import ConfigError
+from stratovirt.hostmap import PAGE_SIZE
 
-PAGE_SIZE = 4096
 MIB = 1 << 20
 
 KERNEL_ACCEPTED = "an x86_64 Linux kernel: bzImage, ELF vmlinux, or a flat binary"
@@ -41,8 +41,9 @@ class Segment:
 class KernelImage:
     """A kernel, taken apart.
 
-    `kind` is "bzimage", "elf" or "flat"; `protocol` is "linux64" (long mode, RSI on the zero page) or "pvh" (32-bit
-    protected mode, EBX on hvm_start_info). `end` is the first address behind everything that the kernel uses before it
+    `kind` is "bzimage", "elf", "flat" or "image"; `protocol` is "linux64" (long mode, RSI on the zero page), "pvh" (32-bit
+    protected mode, EBX on hvm_start_info) or "arm64" (EL1, x0 on the FDT).
+    `end` is the first address behind everything that the kernel uses before it
     reads its memory map. The last five are those of the setup header; other kernels have its defaults.
     """
 
@@ -66,9 +67,9 @@ class KernelImage:
         self.end = max(max(segment.end for segment in segments), pref_address + init_size if init_size else 0)
 
 
-def refuse(path: str, problem: str) -> ConfigError:
+def refuse(path: str, problem: str, accepted: str = KERNEL_ACCEPTED) -> ConfigError:
     """The error for a kernel file that cannot be booted, to be raised."""
-    return ConfigError(problem, option="-kernel", value=path, accepted=KERNEL_ACCEPTED)
+    return ConfigError(problem, option="-kernel", value=path, accepted=accepted)
 
 
 def place(image: KernelImage, ram_ranges: list[tuple[int, int]]) -> int:
@@ -129,7 +130,7 @@ class PageParts:
 def page_parts(segment: Segment) -> PageParts:
     """Split a segment into what can be mapped and what must be copied.
 
-    Whole pages can be mapped when file offset and address agree in their lower 12 bits. The first and last partial page
+    Whole pages can be mapped when file offset and address lie equally in their pages. The first and last partial page
     are copied: a mapped page would bring the neighbouring bytes of the file with it, into what must be zero (bss) or is
     another segment's.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from stratovirt.errors import ConfigError
-from stratovirt.loader.image import LOW_MEMORY, MIB, PAGE_SIZE
+from stratovirt.hostmap import PAGE_SIZE
+from stratovirt.loader.image import LOW_MEMORY, MIB
 
 INITRD_ACCEPTED = "a cpio archive, compressed or not, or a file system image"
 
@@ -50,7 +51,7 @@ def place_initrd(size: int, ram_ranges: list[tuple[int, int]], limit: int, kerne
     problem = f"the initrd of {size} bytes does not fit into memory above the kernel, which ends at {kernel_end:#x}"
     needed = lowest + ((size + PAGE_SIZE - 1) & -PAGE_SIZE)
     if needed <= limit + 1:
-        problem += f"; give the machine at least -m {-(-needed // MIB)}M"
+        problem += f"; give the machine at least -m {-(-(needed - ram_ranges[0][0]) // MIB)}M"
     else:
         problem += f": this kernel takes at most {max(0, (limit + 1 & -PAGE_SIZE) - lowest) // MIB} MiB"
     raise ConfigError(problem, option="-initrd", value=path)

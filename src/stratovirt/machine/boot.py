@@ -58,6 +58,23 @@ class BootFile:
             view, offset = view[done:], offset + done
 
 
+class UnpackedFile(BootFile):
+    """A kernel that was unpacked, as a file in memory: mapped like any other, and still there for a reset."""
+
+    __slots__ = ()
+
+    def __init__(self, path: str, data: bytes) -> None:
+        self.path = path
+        try:
+            self.fd = os.memfd_create("stratovirt-kernel", os.MFD_CLOEXEC)
+            done = 0
+            while done < len(data):
+                done += os.write(self.fd, memoryview(data)[done:])
+        except OSError as error:
+            raise HostError.from_os(f"memfd_create for the {len(data) >> 20} MiB of the unpacked kernel", error) from error
+        self.size = len(data)
+
+
 class Boot:
     """The boot of one machine. An architecture says what its kernels are, where they go, and what lies beside them.
 

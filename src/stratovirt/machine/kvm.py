@@ -52,8 +52,8 @@ if TYPE_CHECKING:
         def device_loop(self, loop: EventLoop, call: Callable[[Callable[[], None]], None]) -> EventLoop:
             """`loop` as devices are to see it; its clock and timers are the guest's. `call` runs a function on its thread."""
 
-        def create_interrupt_chips(self) -> None:
-            """What interrupts go to. After memory, before anything that has an interrupt."""
+        def create_interrupt_chips(self) -> str:
+            """What interrupts go to, by the name that tables have for it. After memory, before anything with an interrupt."""
 
         def create_processors(self, boot: Boot | None) -> None:
             """Make them, the first at the entry of `boot`."""
@@ -107,8 +107,8 @@ class KvmAccelerator:
     def vcpus(self) -> list[KvmVcpu]:
         return self.processors.vcpus
 
-    def create_interrupt_chips(self) -> None:
-        self.processors.create_interrupt_chips()
+    def create_interrupt_chips(self) -> str:
+        return self.processors.create_interrupt_chips()
 
     def create_processors(self, boot: Boot | None) -> None:
         self.processors.create()

@@ -69,7 +69,7 @@ class MicroVm(Lifecycle):
         self.accelerator = accelerator = self._create_accelerator()
         self.vm = accelerator.vm
         self.memory = self._create_memory()
-        accelerator.create_interrupt_chips()
+        interrupt_controller = accelerator.create_interrupt_chips()
 
         devices = [device for device in config.devices if drivers.takes_slot(device)]
         chosen = assign_slots(devices)
@@ -77,7 +77,7 @@ class MicroVm(Lifecycle):
         empty = empty_slots(chosen) if config.qmp else []
         announced = sorted([*chosen, *(slot for _, slot in empty)], key=lambda slot: slot.number)
         if config.kernel:  # the command line sees to it that only the test accelerator goes without
-            self.boot = Boot(config, announced)
+            self.boot = Boot(config, announced, interrupt_controller)
             self.boot.load(self.memory)
         for chardev in config.chardevs.values():
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")

@@ -9,12 +9,14 @@ The rings are shared with vCPUs that run while this code does. So an index is on
 copied out once and then judged, and the order matters: entries are read after the index that announces them and written
 before the index that publishes them. x86 keeps loads in order and stores in order; what it may reorder is a store with a
 later load, which the two "publish, then look whether the other side wants to know" steps depend on: `_full_barrier`.
+arm64 keeps none of it in order: there `Virtqueue` is `OrderedVirtqueue`, with a barrier between index and entries as well.
 
 A head that was popped is returned to the guest exactly once: by `push`, or by `pop` itself when its chain is malformed.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from _thread import allocate_lock
 
@@ -36,13 +38,19 @@ MAX_CHAIN_BYTES = 1 << 32
 _DESCRIPTOR = struct.Struct("<QIHH")
 _USED_ELEMENT = struct.Struct("<II")
 
+_WEAKLY_ORDERED = os.uname().machine != "x86_64"
 _fence = allocate_lock()
 
+if TYPE_CHECKING or not _WEAKLY_ORDERED:
 
-def _full_barrier() -> None:
-    """Order earlier stores before later loads: taking a lock is an atomic read-modify-write, a full barrier on x86."""
-    _fence.acquire()
-    _fence.release()
+    def _full_barrier() -> None:
+        """Order earlier stores before later loads: taking a lock is an atomic read-modify-write, a full barrier on x86."""
+        _fence.acquire()
+        _fence.release()
+else:
+    from stratovirt.barrier import create
+
+    _full_barrier = create()
 
 
 class Chain:
@@ -229,6 +237,39 @@ class Virtqueue:
 
     def _broken(self, rule: str, section: str) -> GuestError:
         return GuestError(self.name, rule, f"VIRTIO 1.2, {section}")
+
+
+class OrderedVirtqueue(Virtqueue):
+    """The queue of a weakly ordered processor: every step that x86 takes in order by itself has a barrier in it.
+
+    `barrier` orders all accesses before it before all behind it. The parent's words about the steps hold here.
+    """
+
+    __slots__ = ()
+    barrier = staticmethod(_full_barrier)
+
+    def pop(self) -> Chain | None:
+        if self._avail16[self._avail_index + 1] == self._next_avail:
+            return None
+        # The entry that is read next is one of those that this look at the index has announced, whatever a second look shows.
+        self.barrier()
+        return super().pop()
+
+    def push(self, head: int, written: int) -> None:
+        self.push_all([(head, written)])
+
+    def push_all(self, entries: list[tuple[int, int]]) -> None:
+        index = self._next_used
+        for head, written in entries:
+            _USED_ELEMENT.pack_into(self._used_ram, self._used_offset + 4 + 8 * (index % self.size), head, written)
+            index = (index + 1) & 0xFFFF
+        self._next_used = index
+        self.barrier()  # the entries before the index; what was written into the buffers, too
+        self._used16[self._used_index + 1] = index
+
+
+if not TYPE_CHECKING and _WEAKLY_ORDERED:
+    Virtqueue = OrderedVirtqueue
 
 
 def check_geometry(name: str, memory: GuestMemory, size: int, descriptor_table: int, avail_ring: int, used_ring: int) -> None:

@@ -32,6 +32,7 @@ _MEANING = {
     uapi.KVM_EXIT_SYSTEM_EVENT: "KVM reported a system event that this machine does not know (a guest crash, perhaps)",
     uapi.KVM_EXIT_IOAPIC_EOI: "KVM reported the end of an interrupt of an IOAPIC that lives in the kernel",
     uapi.KVM_EXIT_HYPERV: "the guest used a Hyper-V interface that this machine does not offer",
+    uapi.KVM_EXIT_ARM_NISV: "the guest touched a device's registers with an instruction that KVM cannot take apart",
     uapi.KVM_EXIT_X86_RDMSR: "the guest read an MSR that KVM leaves to user space",
     uapi.KVM_EXIT_X86_WRMSR: "the guest wrote an MSR that KVM leaves to user space",
     uapi.KVM_EXIT_DIRTY_RING_FULL: "the ring of dirty pages is full although none was asked for",
@@ -50,6 +51,10 @@ _SUBERROR = {
 def describe(vcpu: KvmVcpu, memory: GuestMemory, errno: int) -> str:
     """Several lines: the exit and what it means, the instruction, the registers. Thread: the vCPU's own."""
     lines = [_headline(vcpu, errno)]
+    if os.uname().machine == "aarch64":
+        from stratovirt.hypervisor.kvm.exits_arm64 import registers
+
+        return "\n".join([*lines, *registers(vcpu)])
     instruction = _instruction(vcpu, memory)
     if instruction:
         lines.append(f"  instruction bytes at rip: {instruction}")

@@ -41,9 +41,9 @@ class IrqFd:
 class KvmVm:
     """One virtual machine. Raises: HostError from every call that KVM refuses."""
 
-    def __init__(self, system: KvmSystem) -> None:
+    def __init__(self, system: KvmSystem, kind: int = 0) -> None:
         self.system = system
-        self.fd = system.create_vm()
+        self.fd = system.create_vm(kind)
         self._slots = 0
 
     def _ioctl(self, name: str, request: int, argument: int | bytes | bytearray) -> int:

@@ -30,6 +30,9 @@ class TestWiring:
     def create_irqfd(self, gsi: int) -> InterruptLine:
         return self.lines.connect(gsi)
 
+    def create_level_line(self, number: int) -> InterruptLine:
+        return self.lines.connect(number)
+
     def add_ioeventfd(self, fd: int, address: int, length: int, datamatch: int) -> None:
         """Nothing takes the write away from the device, whose register signals the same eventfd."""
 
@@ -50,8 +53,9 @@ class TestAccelerator:
         self._mmio = mmio
         self._peer = Peer(path, loop, on_hang_up)
 
-    def create_interrupt_chips(self) -> None:
+    def create_interrupt_chips(self) -> str:
         """There are none: lines are asked about with query_intx, and no timer ticks for a processor."""
+        return ""
 
     def create_processors(self, boot: object) -> None:
         """There are none: the peer is what loads and stores."""

@@ -21,6 +21,11 @@ class InterruptLine:
     def trigger(self) -> None:
         os.eventfd_write(self._fd, 1)
 
+    def set_level(self, high: bool) -> None:
+        """A level-triggered device: the line is raised by its edge, and not lowered but by `lower`."""
+        if high:
+            self.trigger()
+
     def is_raised(self) -> bool:
         try:
             os.eventfd_read(self._fd)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Boot(boot.Boot):
-    """`slots` are what the tables announce. Raises: ConfigError as its base."""
+    """`slots` are what the tables announce; there is one interrupt controller only. Raises: ConfigError as its base."""
 
-    def __init__(self, config: VmConfig, slots: list[Slot]) -> None:
+    def __init__(self, config: VmConfig, slots: list[Slot], interrupt_controller: str) -> None:
         self._apic_ids = topology_of(config.smp).apic_ids
         self._slots = slots
         self._has_serial = config.serial is not None

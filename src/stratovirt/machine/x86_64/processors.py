@@ -28,10 +28,11 @@ class Processors:
         self._system = system
         self._smp = config.smp
 
-    def create_interrupt_chips(self) -> None:
-        """PIC, IOAPIC, local APICs and PIT. After memory, before irqfds and vCPUs."""
+    def create_interrupt_chips(self) -> str:
+        """PIC, IOAPIC, local APICs and PIT. After memory, before irqfds and vCPUs. What tables have to be told: nothing."""
         self.vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
         self.vm.create_timer()
+        return ""
 
     def create(self) -> None:
         """The vCPUs: the first is runnable, the others wait for their start-up IPI."""

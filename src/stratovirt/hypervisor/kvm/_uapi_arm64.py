@@ -1,0 +1,69 @@
+"""Numbers of the KVM interface that only arm64 has, from <linux/kvm.h> and arm64's <asm/kvm.h>; `_uapi` has the common ones.
+
+The numbers of ioctls carry the size of their structure. Those in `_uapi` that both architectures use (memory slots, irqfd,
+ioeventfd, KVM_RUN, multiprocessor state) have the same size on both.
+"""
+
+from __future__ import annotations
+
+# -- ioctls on a VM
+KVM_IRQ_LINE = 0x4008AE61
+KVM_ARM_PREFERRED_TARGET = 0x8020AEAF
+KVM_CREATE_DEVICE = 0xC00CAEE0
+
+# -- ioctls on a vCPU
+KVM_GET_ONE_REG = 0x4010AEAB
+KVM_SET_ONE_REG = 0x4010AEAC
+KVM_ARM_VCPU_INIT = 0x4020AEAE
+KVM_ARM_VCPU_FINALIZE = 0x4004AEC2
+
+# -- ioctls on a device, and on a vCPU with devices in it
+KVM_SET_DEVICE_ATTR = 0x4018AEE1
+KVM_GET_DEVICE_ATTR = 0x4018AEE2
+KVM_HAS_DEVICE_ATTR = 0x4018AEE3
+
+# -- capabilities
+KVM_CAP_ARM_PSCI_0_2 = 102
+KVM_CAP_ARM_PMU_V3 = 126
+KVM_CAP_ARM_VM_IPA_SIZE = 165
+KVM_CAP_ARM_SVE = 170
+KVM_CAP_ARM_PTRAUTH_ADDRESS = 171
+KVM_CAP_ARM_PTRAUTH_GENERIC = 172
+
+# -- features of a vCPU: bit numbers in kvm_vcpu_init.features[0]
+KVM_ARM_VCPU_POWER_OFF = 0
+KVM_ARM_VCPU_PSCI_0_2 = 2
+KVM_ARM_VCPU_PMU_V3 = 3
+KVM_ARM_VCPU_SVE = 4
+KVM_ARM_VCPU_PTRAUTH_ADDRESS = 5
+KVM_ARM_VCPU_PTRAUTH_GENERIC = 6
+
+# -- devices, and their groups and attributes
+KVM_DEV_TYPE_ARM_VGIC_V2 = 5
+KVM_DEV_TYPE_ARM_VGIC_V3 = 7
+KVM_DEV_TYPE_ARM_VGIC_ITS = 8
+KVM_CREATE_DEVICE_TEST = 1
+
+KVM_DEV_ARM_VGIC_GRP_ADDR = 0
+KVM_DEV_ARM_VGIC_GRP_DIST_REGS = 1
+KVM_DEV_ARM_VGIC_GRP_CPU_REGS = 2
+KVM_DEV_ARM_VGIC_GRP_NR_IRQS = 3
+KVM_DEV_ARM_VGIC_GRP_CTRL = 4
+KVM_DEV_ARM_VGIC_GRP_REDIST_REGS = 5
+KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS = 6
+
+KVM_VGIC_V2_ADDR_TYPE_DIST = 0
+KVM_VGIC_V2_ADDR_TYPE_CPU = 1
+KVM_VGIC_V3_ADDR_TYPE_DIST = 2
+KVM_VGIC_ITS_ADDR_TYPE = 4
+KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION = 5
+KVM_DEV_ARM_VGIC_CTRL_INIT = 0
+KVM_DEV_ARM_ITS_CTRL_RESET = 4
+
+KVM_ARM_VCPU_PMU_V3_CTRL = 0
+KVM_ARM_VCPU_PMU_V3_IRQ = 0
+KVM_ARM_VCPU_PMU_V3_INIT = 1
+
+KVM_ARM_IRQ_TYPE_SPI = 1 << 24
+
+KVM_MP_STATE_STOPPED = 5

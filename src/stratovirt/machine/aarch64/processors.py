@@ -1,0 +1,159 @@
+"""The processors of an arm64 machine and its GIC, as KVM makes them.
+
+KVM wants the vCPUs before the GIC is initialized, and that before any irqfd. So all of it happens in `create_interrupt_chips`.
+"""
+
+from __future__ import annotations
+
+from stratovirt.arch.aarch64 import gic, layout
+from stratovirt.arch.aarch64.registers import mpidr
+from stratovirt.errors import ConfigError, HostError
+from stratovirt.firmware.fdt import GICV2, GICV3, GICV3_ITS
+from stratovirt.hypervisor.kvm import _uapi as common
+from stratovirt.hypervisor.kvm import _uapi_arm64 as uapi
+from stratovirt.hypervisor.kvm.arm64 import Arm64Vcpu, Arm64Vm, KvmDevice, set_attribute
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from stratovirt.config.vm import VmConfig
+    from stratovirt.hypervisor.kvm.system import KvmSystem
+    from stratovirt.loop import EventLoop
+    from stratovirt.machine import kvm
+    from stratovirt.machine.vcpus import VcpuThreads
+
+    class LevelLine(Protocol):
+        def set_level(self, high: bool) -> None: ...
+
+    class Wiring(kvm.Wiring, Protocol):
+        def create_level_line(self, spi: int) -> LevelLine:
+            """A level-triggered line into the interrupt controller."""
+
+
+class Processors:
+    """All processors of `vm`. Thread: the main loop's. Raises: ConfigError, HostError."""
+
+    def __init__(self, system: KvmSystem, config: VmConfig) -> None:
+        cpus = config.smp.cpus
+        self.vm = Arm64Vm(system, layout.address_bits(cpus, config.memory_size))
+        self.vcpus: list[Arm64Vcpu] = []
+        self._system = system
+        self._cpus = cpus
+        self._ram_size = config.memory_size
+        self._pmu, self._sve = config.cpu_pmu, config.cpu_sve
+        self._gic: Gic | None = None
+
+    def create_interrupt_chips(self) -> str:
+        """The vCPUs and the GIC. The name of the GIC."""
+        limit = self._system.check_extension(common.KVM_CAP_MAX_VCPUS)
+        if self._cpus > limit:
+            raise ConfigError(f"this KVM has no more than {limit} vCPUs", option="-smp", value=str(self._cpus))
+        if self.vm.has_device(uapi.KVM_DEV_TYPE_ARM_VGIC_V3):
+            kind = GICV3_ITS if self.vm.has_device(uapi.KVM_DEV_TYPE_ARM_VGIC_ITS) else GICV3
+        elif self.vm.has_device(uapi.KVM_DEV_TYPE_ARM_VGIC_V2):
+            kind = GICV2
+            if self._cpus > layout.GICV2_MAX_CPUS:
+                raise ConfigError(f"the interrupt controller of this host, GICv2, has {layout.GICV2_MAX_CPUS} CPUs at most",
+                                  option="-smp", value=str(self._cpus), accepted=f"at most {layout.GICV2_MAX_CPUS}")
+        else:
+            raise HostError("this KVM can make neither a GICv3 nor a GICv2 for its guests", 0,
+                            "look for messages of kvm in the kernel log (dmesg)")
+        features = self._features()
+        mmap_size = self._system.vcpu_mmap_size()
+        self._target = self.vm.preferred_target()
+        for index in range(self._cpus):
+            self.vcpus.append(Arm64Vcpu(self.vm, index, mmap_size))
+        self._init(features)
+        if self._sve:
+            for vcpu in self.vcpus:
+                vcpu.finalize(uapi.KVM_ARM_VCPU_SVE)
+        self._gic = Gic(self.vm, kind, self._cpus, self._ram_size)
+        if self._pmu:
+            for vcpu in self.vcpus:
+                number = (layout.PMU_PPI + 16).to_bytes(4, "little")
+                set_attribute(vcpu.fd, "PMU", uapi.KVM_ARM_VCPU_PMU_V3_CTRL, uapi.KVM_ARM_VCPU_PMU_V3_IRQ, number)
+                set_attribute(vcpu.fd, "PMU", uapi.KVM_ARM_VCPU_PMU_V3_CTRL, uapi.KVM_ARM_VCPU_PMU_V3_INIT)
+        return kind
+
+    def _features(self) -> int:
+        check = self._system.check_extension
+        features = 1 << uapi.KVM_ARM_VCPU_PSCI_0_2
+        for wanted, key, capability, feature in (
+            (self._pmu, "pmu", uapi.KVM_CAP_ARM_PMU_V3, uapi.KVM_ARM_VCPU_PMU_V3),
+            (self._sve, "sve", uapi.KVM_CAP_ARM_SVE, uapi.KVM_ARM_VCPU_SVE),
+        ):
+            if wanted and check(capability) <= 0:
+                raise ConfigError("this host has none for its guests", option=f"-cpu host,{key}", value="on", accepted="off")
+            features |= wanted << feature
+        if check(uapi.KVM_CAP_ARM_PTRAUTH_ADDRESS) > 0 and check(uapi.KVM_CAP_ARM_PTRAUTH_GENERIC) > 0:
+            # KVM takes neither without the other
+            features |= 1 << uapi.KVM_ARM_VCPU_PTRAUTH_ADDRESS | 1 << uapi.KVM_ARM_VCPU_PTRAUTH_GENERIC
+        self._enabled = features
+        return features
+
+    def _init(self, features: int) -> None:
+        """All vCPUs into the state of power-on: the first is on, the others wait for a CPU_ON of PSCI."""
+        for vcpu in self.vcpus:
+            vcpu.init(self._target, features | (1 << uapi.KVM_ARM_VCPU_POWER_OFF if vcpu.id else 0))
+
+    def create(self) -> None:
+        """They are there already."""
+
+    def reset(self) -> None:
+        """Back to where `create_interrupt_chips` left them. Call it while no vCPU runs."""
+        self._init(self._enabled)
+        if self._gic is not None:
+            self._gic.reset()
+
+    def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
+        """There is nothing to watch: kernels switch off with PSCI, and KVM says so."""
+
+
+class Gic:
+    """The interrupt controller, of the kind that the FDT names, in the kernel. All vCPUs exist."""
+
+    def __init__(self, vm: Arm64Vm, kind: str, cpus: int, ram_size: int) -> None:
+        self.kind = kind
+        self._cpus = cpus
+        self._its: KvmDevice | None = None
+        address = uapi.KVM_DEV_ARM_VGIC_GRP_ADDR
+        if kind == GICV2:
+            self._device = device = vm.create_device("GICv2", uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
+            device.set_u64(address, uapi.KVM_VGIC_V2_ADDR_TYPE_DIST, layout.GIC_DISTRIBUTOR)
+            device.set_u64(address, uapi.KVM_VGIC_V2_ADDR_TYPE_CPU, layout.GICV2_CPU)
+        else:
+            self._device = device = vm.create_device("GICv3", uapi.KVM_DEV_TYPE_ARM_VGIC_V3)
+            device.set_u64(address, uapi.KVM_VGIC_V3_ADDR_TYPE_DIST, layout.GIC_DISTRIBUTOR)
+            for index, (base, count) in enumerate(layout.redistributors(cpus, ram_size)):
+                # bits 63-52 how many, 51-16 of the base, 11-0 the index of the region
+                device.set_u64(address, uapi.KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, count << 52 | base | index)
+        device.set_u32(uapi.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout.GIC_INTERRUPTS)
+        device.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT)
+        if kind == GICV3_ITS:
+            self._its = vm.create_device("GICv3 ITS", uapi.KVM_DEV_TYPE_ARM_VGIC_ITS)
+            self._its.set_u64(address, uapi.KVM_VGIC_ITS_ADDR_TYPE, layout.GIC_ITS)
+            self._its.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT)
+
+    def reset(self) -> None:
+        """Every register as in a GIC that was just made. Call it while no vCPU runs."""
+        device = self._device
+        distributor = uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS
+        if self._its is not None:
+            self._its.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_ITS_CTRL_RESET)
+        if self.kind == GICV2:
+            for index in range(self._cpus):
+                for offset, value in gic.v2_distributor(layout.GIC_INTERRUPTS, index == 0):
+                    device.set_u32(distributor, index << 32 | offset, value)
+                for offset, value in gic.V2_CPU_INTERFACE:
+                    device.set_u32(uapi.KVM_DEV_ARM_VGIC_GRP_CPU_REGS, index << 32 | offset, value)
+            return
+        for offset, value in gic.v3_distributor(layout.GIC_INTERRUPTS):
+            device.set_u32(distributor, offset, value)
+        for index in range(self._cpus):
+            affinity = mpidr(index) << 32
+            for offset, value in gic.v3_redistributor():
+                device.set_u32(uapi.KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, affinity | offset, value)
+            for encoding, value in gic.V3_CPU_INTERFACE:
+                device.set_u64(uapi.KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, affinity | encoding, value)
