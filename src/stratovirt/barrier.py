@@ -18,9 +18,7 @@ Spec: Arm Architecture Reference Manual, DDI 0487, B2.3.12 (data memory barrier)
 
 from __future__ import annotations
 
-import os
-
-from stratovirt.hostmap import machine_code, syscall
+from stratovirt.hostmap import ARCHITECTURE, machine_code, syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,13 +26,13 @@ if TYPE_CHECKING:
 
 DMB_ISH, RET = 0xD5033BBF, 0xD65F03C0
 
-_NR_MEMBARRIER = 324 if os.uname().machine == "x86_64" else 283
+_NR_MEMBARRIER = 324 if ARCHITECTURE == "x86_64" else 283
 _PRIVATE_EXPEDITED, _REGISTER_PRIVATE_EXPEDITED = 8, 16
 
 
 def create() -> Callable[[], object]:
     """A function that is a full barrier. Raises: OSError when there is none to be had."""
-    if os.uname().machine == "aarch64":
+    if ARCHITECTURE == "aarch64":
         try:
             return machine_code(DMB_ISH.to_bytes(4, "little") + RET.to_bytes(4, "little"))
         except OSError:

@@ -23,7 +23,9 @@ _MADV_DONTNEED = 4
 _MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23
 _M_ARENA_MAX = -8
-_NR_MBIND = 237 if os.uname().machine == "x86_64" else 235
+# Asked once, here: later a thread's filter may not let it ask.
+ARCHITECTURE = os.uname().machine
+_NR_MBIND = 237 if ARCHITECTURE == "x86_64" else 235
 _CLEAR_STEP = 1 << 20
 
 

@@ -84,6 +84,6 @@ def test_without_executable_memory_the_system_call_takes_over(monkeypatch: pytes
     def refuse(code: bytes) -> None:
         raise PermissionError(1, "no executable mapping here")
 
-    monkeypatch.setattr("os.uname", lambda: type("Uname", (), {"machine": "aarch64"}))
+    monkeypatch.setattr(barrier, "ARCHITECTURE", "aarch64")
     monkeypatch.setattr(barrier, "machine_code", refuse)
     assert barrier.create()() == 0

@@ -5,10 +5,9 @@ The rest of `machine/` takes what differs from here. `x86_64/` and `aarch64/` ha
 
 from __future__ import annotations
 
-import os
+from stratovirt.hostmap import ARCHITECTURE
 
 TYPE_CHECKING = False
-ARCHITECTURE = os.uname().machine
 
 if TYPE_CHECKING or ARCHITECTURE != "aarch64":
     from stratovirt.arch.x86_64 import layout

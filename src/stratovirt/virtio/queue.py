@@ -16,11 +16,11 @@ A head that was popped is returned to the guest exactly once: by `push`, or by `
 
 from __future__ import annotations
 
-import os
 import struct
 from _thread import allocate_lock
 
 from stratovirt.errors import GuestError
+from stratovirt.hostmap import ARCHITECTURE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ MAX_CHAIN_BYTES = 1 << 32
 _DESCRIPTOR = struct.Struct("<QIHH")
 _USED_ELEMENT = struct.Struct("<II")
 
-_WEAKLY_ORDERED = os.uname().machine != "x86_64"
+_WEAKLY_ORDERED = ARCHITECTURE != "x86_64"
 _fence = allocate_lock()
 
 if TYPE_CHECKING or not _WEAKLY_ORDERED:

@@ -6,6 +6,7 @@ import os
 import struct
 
 from stratovirt.errors import GuestError, HostError
+from stratovirt.hostmap import ARCHITECTURE
 from stratovirt.hypervisor.kvm import _uapi as uapi
 
 TYPE_CHECKING = False
@@ -51,7 +52,7 @@ _SUBERROR = {
 def describe(vcpu: KvmVcpu, memory: GuestMemory, errno: int) -> str:
     """Several lines: the exit and what it means, the instruction, the registers. Thread: the vCPU's own."""
     lines = [_headline(vcpu, errno)]
-    if os.uname().machine == "aarch64":
+    if ARCHITECTURE == "aarch64":
         from stratovirt.hypervisor.kvm.exits_arm64 import registers
 
         return "\n".join([*lines, *registers(vcpu)])
