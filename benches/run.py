@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benches import boot, imports, phases, start
+from benches import block, boot, imports, phases, start
 from benches.report import BenchError
 
 BENCHES: dict[str, Callable[[int], None]] = {
@@ -14,6 +14,7 @@ BENCHES: dict[str, Callable[[int], None]] = {
     "imports": imports.run,
     "phases": phases.run,
     "boot": boot.run,
+    "block": block.run,
 }
 
 

@@ -70,6 +70,31 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         note(report.nodeid, "passed")
 
 
+_measured: list[str] = []
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Keeps figures that no test fails for: `measured(name, value, unit, …)`. They are printed when the run ends."""
+
+    def keep(what: str, value: float, unit: str, **more: float) -> None:
+        line = json.dumps({"test": request.node.name, "case": what, "value": round(value, 3), "unit": unit,
+                           **{name: round(number, 3) for name, number in more.items()}})
+        _measured.append(line)
+        if PROGRESS:
+            with open(Path(PROGRESS).parent / "measured.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _measured:
+        terminalreporter.section("measured")
+        for line in _measured:
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Kernel or initramfs by its asset name, copied once to where reading it costs nothing."""

@@ -50,26 +50,46 @@ def fio_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image
 
 
-FIO = (
-    "modprobe ext4\nmount -t ext4 -o ro /dev/vdb /mnt || exit 9\n"
-    "/mnt/ld-linux-x86-64.so.2 --library-path /mnt /mnt/fio --thread --name=load --filename=/dev/vda --direct=1 "
+FIO_TOOL = (
+    "modprobe ext4\nmount -t ext4 -o ro /dev/{} /mnt || exit 9\n"
+    "/mnt/ld-linux-x86-64.so.2 --library-path /mnt /mnt/fio --thread "
 )
 
 
-@pytest.mark.parametrize("engine", [
-    "native", *(pytest.param(name, marks=pytest.mark.long) for name in ENGINES if name != "native"),
-])
-def test_fio_verifies_a_random_mix(
-    boot: Callable[..., Guest], file_system: Callable[[int], Path], fio_disk: Path, engine: str | None
+# Random reads and writes of odd sizes, 32 at a time, checksums on all of it; then all is read back and checked.
+MIX = ("--direct=1 --rw=randrw --rwmixread=30 --bsrange=512-32k --iodepth=32 --ioengine=libaio --verify=crc32c "
+       "--verify_fatal=1 --do_verify=1 --fsync=64 --minimal")
+
+
+def test_fio_verifies_a_random_mix_on_every_engine_at_once(
+    boot: Callable[..., Guest], file_system: Callable[[int], Path], fio_disk: Path
 ) -> None:
-    """Random reads and writes of odd sizes, 32 at a time, checksums on all of it; then all is read back and checked."""
+    """Four disks, an engine each, all under load together."""
+    storage = file_system(64)
+    extra: list[str] = []
+    jobs = ""
+    for letter, engine in zip("abcd", ENGINES, strict=True):
+        image = make_image(storage / engine, 8 * MEBIBYTE)
+        extra += drive(image, f",aio={engine},direct=on", id=engine)
+        jobs += f" --name={engine} --filename=/dev/vd{letter}"
+    tools = drive(fio_disk, ",readonly=on,direct=off", id="tools")
+    load = FIO_TOOL.format("vde") + f"{MIX} --size=6m {jobs} >/tmp/fio 2>&1; status=$?; cut -d';' -f3-5 /tmp/fio; exit $status"
+    guest = boot("stock-elf", load, smp=2, memory=512, extra=(*extra, *tools))
+    status, output = guest.finish(240)
+    assert (status, sorted(output.split())) == (0, sorted(f"{engine};0;0" for engine in ENGINES)), output
+    assert "read of" not in guest.errors and "write of" not in guest.errors
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fio_verifies_a_random_mix(
+    boot: Callable[..., Guest], file_system: Callable[[int], Path], fio_disk: Path, engine: str
+) -> None:
     image = make_image(file_system(128) / "image", 32 * MEBIBYTE)
-    chosen = f",aio={engine},direct=on" if engine else ""
-    load = FIO + (
-        "--rw=randrw --rwmixread=30 --bsrange=512-32k --size=24m --iodepth=32 --ioengine=libaio --verify=crc32c "
-        "--verify_fatal=1 --do_verify=1 --fsync=64 --minimal >/tmp/fio 2>&1; status=$?; cut -d';' -f3-5 /tmp/fio; exit $status"
+    load = FIO_TOOL.format("vdb") + (
+        f"--name=load --filename=/dev/vda {MIX} --size=24m >/tmp/fio 2>&1; status=$?; cut -d';' -f3-5 /tmp/fio; exit $status"
     )
-    extra = (*drive(image, chosen), *drive(fio_disk, ",readonly=on,direct=off", id="tools"))
+    extra = (*drive(image, f",aio={engine},direct=on"), *drive(fio_disk, ",readonly=on,direct=off", id="tools"))
     guest = boot("stock-elf", load, smp=2, memory=512, extra=extra)
     status, output = guest.finish(240)
     assert (status, output.strip().splitlines()[-1]) == (0, "load;0;0"), output

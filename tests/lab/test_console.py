@@ -89,18 +89,22 @@ def test_a_shell_on_hvc0(
     assert guest.wait_end() == 0
 
 
-@pytest.mark.parametrize(("kernel", "smp"), [pytest.param("stock-elf", 1, marks=pytest.mark.long), ("small-elf", 2)])
-def test_10_mib_both_ways_through_a_named_port(
-    boot: Callable[..., Guest], connect: Callable[[Path], Client], tmp_path: Path, kernel: str, smp: int
+@pytest.mark.parametrize(("kernel", "smp", "mebibytes"), [
+    pytest.param("stock-elf", 1, 10, marks=pytest.mark.long), ("small-elf", 2, 10),
+    pytest.param("small-elf", 1, 100, marks=pytest.mark.long),
+])
+def test_megabytes_both_ways_through_a_named_port(
+    boot: Callable[..., Guest], connect: Callable[[Path], Client], tmp_path: Path, kernel: str, smp: int, mebibytes: int
 ) -> None:
     """Both directions at once, on two ports; a second client finds what the first one left."""
-    content = random.randbytes(10 * MEBIBYTE + 12345)
+    content = random.randbytes(mebibytes * MEBIBYTE + 12345)
     guest = boot(
         kernel,
         f"{FIND} ls /sys/class/virtio-ports; exec 3<>$(port in) 4<>$(port out.1); line; (head -c {len(content)} <&3 | md5sum) &"
         f" head -c {len(content)} /dev/urandom >/tmp/out; md5sum </tmp/out; cat /tmp/out >&4; wait;"
         " echo done; line; echo got $line",
         smp=smp,
+        memory=128 + 3 * mebibytes + 96,
         extra=devices(tmp_path, "in", "out.1"),
     )
     sender, receiver = connect(tmp_path / "in.socket"), connect(tmp_path / "out.1.socket")
@@ -111,9 +115,9 @@ def test_10_mib_both_ways_through_a_named_port(
         data = receiver.socket.recv(1 << 16)
         assert data, guest.account()
         received += data
-    sending.join(DEADLINE)
+    sending.join(DEADLINE + mebibytes)
     assert not sending.is_alive()
-    guest.wait_for(b"done\n", stream=guest.stdout)
+    guest.wait_for(b"done\n", stream=guest.stdout, seconds=DEADLINE + mebibytes)
     sender.socket.close()
     connect(tmp_path / "in.socket").socket.sendall(b"a second client\n")
     status, output = guest.finish()

@@ -108,6 +108,21 @@ class Console:
                 self._changed.wait(left)
 
 
+def dial(cid: int, account: Callable[[], str]) -> socket.socket:
+    """The agent's handshake: a new socket each time, until the guest listens."""
+    until = time.monotonic() + DEADLINE
+    while True:
+        agent = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        agent.settimeout(5)
+        try:
+            agent.connect((cid, AGENT_PORT))
+            return agent
+        except OSError:
+            agent.close()
+            assert time.monotonic() < until, account()
+            time.sleep(0.05)
+
+
 @pytest.fixture
 def taps() -> Iterator[tuple[int, int]]:
     """Two taps, the first up and with the host's address: their queues."""
@@ -144,12 +159,7 @@ def test_a_pod_with_three_volumes(
         assert said("root ") == "/dev/root ext4 ro"
         assert said("disks ") == "vda vdb vdc vdd on hvc0"
         assert said("ping ") == "0 02:42:ac:11:00:02"
-        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as agent:
-            agent.settimeout(DEADLINE)
-            until = time.monotonic() + DEADLINE
-            while agent.connect_ex((cid, AGENT_PORT)):  # the handshake is retried until the guest listens
-                assert time.monotonic() < until, sandbox.account()
-                time.sleep(0.05)
+        with dial(cid, sandbox.account) as agent:
             agent.sendall(b"from the host\n")
             agent.shutdown(socket.SHUT_WR)
             assert agent.makefile("rb").read() == b"hello\n"
