@@ -380,6 +380,13 @@ def test_a_network_that_cannot_be(line: str, message: str) -> None:
     assert message in refuse(f"-kernel k {line}").problem
 
 
+def test_a_cd_cannot_be_written() -> None:
+    config = parse("-kernel k -drive id=d,file=f,media=cdrom -drive id=e,file=g,media=disk "
+                   "-device virtio-blk-device,id=a,drive=d -device virtio-blk-device,id=b,drive=e")
+    assert [config.drives[id].readonly for id in "de"] == [True, False]
+    assert refuse("-kernel k -drive id=d,file=f,media=floppy").option == "-drive media"
+
+
 def test_what_means_nothing_here_is_checked_and_passed_over() -> None:
     config = parse("-kernel k -object iothread,id=i -qmp unix:/q,server,nowait,iothread=i "
                    "-drive id=d,file=f,l2-cache-size=1M,refcount-cache-size=32M -device virtio-blk-device,id=b,drive=d "

@@ -109,11 +109,12 @@ def test_requests_on_their_way_end_before_the_disk_is_out(board):
     assert Path(path).read_bytes()[: 16 * SECTOR] == b"".join(bytes([number + 1]) * SECTOR for number in range(16))
 
 
-def test_a_read_only_image_refuses_the_writes_of_a_driver_that_was_there_before(board):
+@pytest.mark.parametrize("how", [{"read_only": True}, {"media": "cdrom"}])
+def test_a_read_only_image_refuses_the_writes_of_a_driver_that_was_there_before(board, how):
     driver = board.drivers[0]
     driver.start()
     path = board.image("disk")
-    board.blockdev_add("n", path, read_only=True)
+    assert board.blockdev_add("n", path, **how) == {}
     board.ask("device_add", id="n", driver="virtio-blk-mmio", drive="n")
     assert transfer(driver, WRITE, 0, b"x" * SECTOR)[0] == 1
     assert transfer(driver, READ, 0)[0] == 0

@@ -180,7 +180,8 @@ def _drives(config: VmConfig, values: list[str]) -> None:
     for text in values:
         drive = read_group(options.DRIVE, text)
         id = _new_id(drive, config.drives, "-drive")
-        config.drives[id] = DriveConfig(id, drive.string("file"), drive.boolean("readonly"),
+        readonly = drive.boolean("readonly") or drive.string("media") == "cdrom"
+        config.drives[id] = DriveConfig(id, drive.string("file"), readonly,
                                         drive.optional_boolean("direct"), drive.optional_string("aio"),
                                         drive.boolean("discard"), drive.string("detect-zeroes"),
                                         drive.integer("throttling.iops-total"))

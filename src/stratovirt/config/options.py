@@ -93,7 +93,7 @@ DRIVE = Group("-drive", "a disk image for a -device", keys=(
     Key("direct", _BOOL, "bypass the host's page cache; if left out, wherever the file system can"),
     Key("aio", Choice("off", "native", "io_uring", "threads"),
         "how requests are carried out; if left out, native with O_DIRECT and off without"),
-    Key("media", Choice("disk", "cdrom"), "what the device shows", "disk", works=("disk",)),
+    Key("media", Choice("disk", "cdrom"), "cdrom: a disk that refuses writes; a microVM has no other drive", "disk"),
     Key("discard", _BOOL, "pass the guest's discards to the image", False),
     Key("detect-zeroes", Choice("off", "on", "unmap"), "turn writes of zeroes into zeroed ranges, or with unmap into holes",
         "off"),

@@ -27,7 +27,7 @@ def _blockdev_add(machine: MachineView, arguments: dict[str, Any]) -> object:
         if "filename" not in arguments:
             raise QmpError("missing field `file`")
         file = {name: arguments[name] for name in ("filename", "aio") if name in arguments}
-    for member, supported in (("driver", ("raw", "file", "host_device")), ("media", ("disk",))):
+    for member, supported in (("driver", ("raw", "file", "host_device")), ("media", ("disk", "cdrom"))):
         if arguments.get(member, supported[0]) not in supported:
             raise QmpError(f"`{member}` {arguments[member][:100]} is not supported yet")
     for member in ("backing", "options"):
@@ -52,7 +52,8 @@ def _drive(file: dict[str, Any], arguments: dict[str, Any]) -> DriveConfig:
         discard = _SWITCH.parse(arguments.get("discard", file.get("discard", "ignore")))
     except ValueError as error:
         raise QmpError(f"`discard` is {error}") from error
-    return DriveConfig(name, path, arguments.get("read-only", False), cache.get("direct"), aio, discard=discard,
+    readonly = arguments.get("read-only", False) or arguments.get("media") == "cdrom"
+    return DriveConfig(name, path, readonly, cache.get("direct"), aio, discard=discard,
                        detect_zeroes=arguments.get("detect-zeroes", "off"), iops_limit=limit)
 
 
@@ -128,7 +129,7 @@ _ADD = (
            "wherever the file system can. `no-flush` has no effect.", optional=True),
     Member("discard", STR, "`unmap` or `on`: pass the guest's discards to the image; `ignore` or `off`.", optional=True),
     Member("detect-zeroes", Enum("off", "on", "unmap"), "Turn writes of zeroes into holes.", optional=True),
-    Member("media", STR, "`disk`.", optional=True),
+    Member("media", STR, "`disk`, or `cdrom`: a disk that refuses writes.", optional=True),
     Member("id", STR, "No effect.", optional=True),
     Member("auto-read-only", BOOL, "No effect.", optional=True),
     Member("backing", STR, "Not supported yet.", optional=True),
