@@ -334,7 +334,7 @@ def test_what_strace_sees_is_what_is_allowed(launch, tmp_path: Path) -> None:
     log.touch()
     os.truncate(log, 100 << 20)  # the next line begins a new one
     words += ["-pidfile", str(tmp_path / "pid")]
-    program = launch(guest.kernel(), *words, prefix=("strace", "-f", "-ff", "-o", str(trace)))
+    program = launch(guest.kernel(), *words, prefix=("strace", "-D", "-f", "-ff", "-o", str(trace)))
     program.wait_for("driven\n")
     client = connect(qmp)
     with socket.socket(socket.AF_UNIX) as terminal:

@@ -35,6 +35,7 @@ class Guest:
 
     The console's bytes are kept whole (`console`) and in the log file; `stdout`, `stderr` and `status` are the guest
     command's, taken out of them. `programs` are some of this machine's that the guest is to have.
+    `prefix` is a command that runs the other one.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Guest:
         qmp: bool = False,
         descriptors: tuple[int, ...] = (),
         programs: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self.console = bytearray()
         self.stdout = bytearray()
@@ -80,7 +82,7 @@ class Guest:
             line += ["-qmp", f"unix:{self.qmp_path},server,nowait"]
         self._errors = open(log.with_suffix(".vmm"), "w+b")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*line, *extra],
+            [*prefix, *line, *extra],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
