@@ -164,12 +164,12 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
             report("")
         for listener in listeners:
             listener.serve(machine)
+        machine.close_behind()
         if sandbox is not None:
             sandbox.confine_main()
         loop.run()
         for listener in listeners:
             listener.flush(QMP_FLUSH_SECONDS)
-        machine.close_behind()
         return machine.exit_status
     finally:
         for release in reversed(cleanup):

@@ -40,8 +40,10 @@ class Lockdown:
             return
         from stratovirt.sandbox.kernel import Sandbox
 
-        log.LOG.rotate_through(loop.call_soon)  # threads that are confined before this one may have something to tell
-        self._sandbox = Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()))
+        self._sandbox = Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()),
+                                any(device.driver.startswith("vhost-user-") for device in config.devices))
+        # Threads that are confined before this one may have something to tell.
+        log.LOG.rotate_through(loop.call_soon, self._sandbox.move_log)
 
     def confine(self, kind: int) -> None:
         """Confine the calling thread, which is new. Raises: HostError."""

@@ -69,6 +69,7 @@ class Log:
         self._day = 0
         self._lost = 0
         self._hand_over: Callable[[Callable[[], None]], None] | None = None
+        self._moved: Callable[[int], None] | None = None
         self._handed_over = False
         self._owner = 0
         self._guest_sources: dict[str, tuple[int, int]] = {}  # source -> (time of the last line, lines held back since)
@@ -105,15 +106,16 @@ class Log:
 
     @property
     def fd(self) -> int:
-        """The descriptor it goes to. It keeps its number when a new file begins."""
+        """The descriptor it goes to."""
         return self._fd
 
-    def rotate_through(self, hand_over: Callable[[Callable[[], None]], None]) -> None:
+    def rotate_through(self, hand_over: Callable[[Callable[[], None]], None], moved: Callable[[int], None]) -> None:
         """From now on only the calling thread begins a new file; others let `hand_over` call it there. They go on writing
-        to the old one until then: what opens and renames files need be allowed to one thread only.
+        to the old one until then: what opens and renames files need be allowed to one thread only. `moved` is told the
+        descriptor of a new file.
         """
         with self._lock:
-            self._hand_over = hand_over
+            self._hand_over, self._moved = hand_over, moved
             self._owner = _thread.get_ident()
 
     @staticmethod
@@ -154,11 +156,10 @@ class Log:
             except FileNotFoundError:
                 continue
         fd = self._open_file(self._path)
-        try:
-            os.dup2(fd, self._fd, inheritable=False)
-        finally:
-            os.close(fd)
-        self._size, self._day = 0, day
+        old, self._fd, self._size, self._day = self._fd, fd, 0, day
+        if self._moved is not None:
+            self._moved(fd)
+        os.close(old)
 
     # -- what goes there
 

@@ -26,7 +26,7 @@ from unit.bpf_machine import check, run
 
 SOURCE = Path(generate.__file__).resolve().parents[2]
 ALLOW, TRAP, KILL = 0x7FFF_0000, 0x0003_0000, 0x8000_0000
-ENOSYS, EPERM = 0x0005_0000 | 38, 0x0005_0000 | 1
+ENOSYS, EPERM, EACCES = 0x0005_0000 | 38, 0x0005_0000 | 1, 0x0005_0000 | 13
 PID = 4711
 NUMBERS = numbers()
 NAMES = {number: name for name, number in NUMBERS.items()}
@@ -34,13 +34,15 @@ X86_64 = os.uname().machine == "x86_64"
 only_x86_64 = pytest.mark.skipif(not X86_64, reason="filters are for x86_64 hosts")
 
 
-def filter_of(kind: int, io_uring: bool = False) -> bytes:
+def filter_of(kind: int, *granted: bytes) -> bytes:
     program = tables.FILTERS[kind].replace((0x7E57_C0DE).to_bytes(4, "little"), PID.to_bytes(4, "little"))
-    return program.replace(kernel._IO_URING_MARK, kernel._ALLOWED) if io_uring else program
+    for mark in granted:
+        program = program.replace(mark, kernel._ALLOWED)
+    return program
 
 
-def answer(kind: int, call: str, *arguments: int, io_uring: bool = False) -> int:
-    return run(filter_of(kind, io_uring), NUMBERS[call], *arguments)
+def answer(kind: int, call: str, *arguments: int, granted: tuple[bytes, ...] = ()) -> int:
+    return run(filter_of(kind, *granted), NUMBERS[call], *arguments)
 
 
 # -- the bytes
@@ -61,7 +63,8 @@ def test_marks_are_where_they_are_meant_to_be() -> None:
     assert tables.HANDLER.count(kernel._DATA_MARK) == 1
     assert len(tables.HANDLER) <= 4096
     for kind in KINDS:
-        assert tables.FILTERS[kind].count(kernel._PID_MARK) == 1
+        assert tables.FILTERS[kind].count(kernel._PID_MARK) == (kind == MAIN)
+    assert bpf.INSTRUCTION.pack(bpf.RETURN, 0, 0, rules.IF_VHOST_USER) == kernel._VHOST_USER_MARK
     assert bpf.INSTRUCTION.pack(bpf.RETURN, 0, 0, rules.IF_IO_URING) == kernel._IO_URING_MARK
     assert int.from_bytes(kernel._PID_MARK, "little") == rules.OWN_PID
 
@@ -98,7 +101,7 @@ def test_the_counts_are_within_their_bounds() -> None:
 def test_the_filters_allow_the_calls_of_the_table_and_no_others(kind: int) -> None:
     """With arguments that pass, and every number there is."""
     passing = {rule.call: [_passing(rule)] for rule in rules.rules_of(kind) if rule.allows}
-    program = filter_of(kind, io_uring=True)
+    program = filter_of(kind, kernel._IO_URING_MARK, kernel._VHOST_USER_MARK)
     allowed = {NAMES.get(number, str(number)) for number in range(1024)
                if any(run(program, number, *arguments) == ALLOW for arguments in passing.get(NAMES.get(number, ""), [()]))}
     assert allowed == rules.allowed_calls(kind)
@@ -135,21 +138,22 @@ def test_other_architectures_and_the_x32_abi(kind: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", ["execve", "execveat", "ptrace", "fork", "vfork", "process_vm_writev", "prctl", "seccomp",
-                                  "bpf", "unshare", "setns", "mount", "socket", "connect", "bind", "memfd_create", "kill",
-                                  "tkill", "rt_sigaction", "rt_sigqueueinfo", "pkey_mprotect", "personality", "setuid",
+                                  "bpf", "unshare", "setns", "mount", "bind", "listen", "tkill", "memfd_create", "kill",
+                                  "rt_sigaction", "rt_sigqueueinfo", "pkey_mprotect", "personality", "setuid",
                                   "capset", "open", "creat", "symlink", "link", "chmod", "ftruncate", "userfaultfd",
                                   "perf_event_open"])
 def test_nobody_needs_these(kind: int, call: str) -> None:
     assert answer(kind, call) == TRAP | kind
 
 
-@pytest.mark.parametrize("call", ["openat", "clone", "recvmsg", "sendto", "accept4", "unlink", "rename", "newfstatat",
-                                  "preadv2", "pwritev2", "io_setup", "fallocate", "exit_group", "socketpair", "dup3", "fcntl"])
+@pytest.mark.parametrize("call", ["openat", "clone", "recvmsg", "sendto", "tgkill", "eventfd2", "accept4", "unlink",
+                                  "rename", "newfstatat",
+                                  "preadv2", "pwritev2", "io_setup", "fallocate", "exit_group", "socket", "connect", "fcntl"])
 def test_a_vcpu_thread_opens_nothing_and_starts_nobody(call: str) -> None:
     assert answer(VCPU, call) == TRAP | VCPU
 
 
-@pytest.mark.parametrize("call", ["openat", "recvmsg", "sendto", "accept4", "unlink", "rename", "newfstatat", "socketpair",
+@pytest.mark.parametrize("call", ["openat", "recvmsg", "sendto", "accept4", "unlink", "rename", "newfstatat", "tgkill",
                                   "exit_group"])
 def test_an_iothread_opens_nothing_and_talks_to_nobody(call: str) -> None:
     assert answer(IOTHREAD, call) == TRAP | IOTHREAD
@@ -167,13 +171,11 @@ ON_ALL = [
     ("mmap", (0, 4096, 3, 0x22, -1, 0), [(0, 4096, 7, 0x22), (0, 4096, 4, 0x22), (0, 4096, 5, 2, 3)]),
     ("mprotect", (0x1000, 4096, 1), [(0x1000, 4096, 5), (0x1000, 4096, 7), (0x1000, 4096, 0x0100_0004)]),
     ("madvise", (0x1000, 4096, 4), [(0x1000, 4096, 8), (0x1000, 4096, 16), (0x1000, 4096, 23)]),
-    ("tgkill", (PID, 1, 6), [(PID, 1, 9), (PID, 1, 15), (1, 1, 6), (PID + 1, 1, 6)]),
 ]
 PER_KIND = [
     (VCPU, "ioctl", (5, kvm.KVM_RUN, 0), [(5, kvm.KVM_SET_REGS), (5, kvm.KVM_CREATE_VM), (5, 0x5401), (5, tap.TUNSETIFF)]),
     (VCPU, "ioctl", (5, tap.TUNSETOFFLOAD, 0), [(5, 0x5412)]),
     (VCPU, "ioctl", (5, vhost.VHOST_SET_VRING_KICK, 0), [(5, vhost.VHOST_SET_MEM_TABLE), (5, vhost.VHOST_SET_OWNER)]),
-    (VCPU, "tgkill", (PID, 1, 6), [(PID, 1, KICK_SIGNAL)]),
     (IOTHREAD, "ioctl", (5, BLKDISCARD, 0), [(5, kvm.KVM_RUN), (5, 0x5401)]),
     (IOTHREAD, "clone", (THREAD, 0), [(0x0120_0011, 0), (THREAD | 0x1000_0000, 0), (0x11, 0), (THREAD & ~0x10000, 0)]),
     (IOTHREAD, "rseq", (0x1000, 32, 0, 7), [(0x1000, 32, 1, 7)]),
@@ -182,6 +184,7 @@ PER_KIND = [
     (IOTHREAD, "madvise", (0, 0, 4), [(0, 0, 9)]),
     (MAIN, "madvise", (0, 0, 9), [(0, 0, 14), (0, 0, 100)]),
     (MAIN, "tgkill", (PID, 1, KICK_SIGNAL), [(PID, 1, 35), (PID - 1, 1, KICK_SIGNAL)]),
+    (MAIN, "tgkill", (PID, 1, 6), [(PID, 1, 9), (PID, 1, 15), (1, 1, 6), (PID + 1, 1, 6)]),
     (MAIN, "clone", (THREAD, 0), [(0x0120_0011, 0), (0x0400_0000, 0)]),
     (MAIN, "fcntl", (5, 37), [(5, 4, NONBLOCK), (5, 8, 1), (5, 1033, 0)]),
     (MAIN, "openat", (AT_FDCWD, 1, RDWR | CLOEXEC | NONBLOCK | DIRECT), [
@@ -192,7 +195,6 @@ PER_KIND = [
         (5, 1, WRONLY | APPEND | CREAT | CLOEXEC | NOCTTY), (AT_FDCWD, 1, WRONLY | CREAT | CLOEXEC | NOCTTY),
         (AT_FDCWD, 1, RDWR | APPEND | CREAT | CLOEXEC | NOCTTY)]),
     (MAIN, "accept4", (5, 0, 0, CLOEXEC), [(5, 0, 0, 0)]),
-    (MAIN, "socketpair", (1, 1 | CLOEXEC, 0), [(2, 1 | CLOEXEC, 0), (1, 3 | CLOEXEC, 0), (16, 1 | CLOEXEC, 0)]),
     (MAIN, "ioctl", (5, kvm.KVM_CREATE_VM, 0), [(5, kvm.KVM_RUN), (5, 0x5412), (5, kvm.KVM_SET_USER_MEMORY_REGION)]),
     (MAIN, "ioctl", (5, tap.TUNSETIFF, 0), [(5, 0x400454CB), (5, 0x5413)]),  # TUNSETPERSIST, TIOCGWINSZ
 ]
@@ -213,7 +215,7 @@ def test_arguments(kind: int, call: str, allowed: tuple[int, ...], refused: list
 
 def test_every_test_of_an_argument_is_tried_here() -> None:
     tried = {(kind, call) for kind, call, _, _ in PER_KIND} | {(kind, call) for call, _, _ in ON_ALL for kind in KINDS}
-    tried |= {(kind, "io_uring_register") for kind in KINDS}
+    tried |= {(kind, call) for call in ("io_uring_register", "socket") for kind in KINDS}
     for rule in rules.RULES:
         for kind in KINDS:
             if rule.tests and rule.kinds >> kind & 1:
@@ -240,14 +242,28 @@ def test_io_uring_only_for_who_asked_for_it(kind: int) -> None:
         calls |= {"io_uring_setup": (128,), "io_uring_register": (5, 4)}
     for call, arguments in calls.items():
         assert answer(kind, call, *arguments) == EPERM
-        assert answer(kind, call, *arguments, io_uring=True) == ALLOW
+        assert answer(kind, call, *arguments, granted=(kernel._IO_URING_MARK,)) == ALLOW
     if kind != VCPU:
-        assert answer(kind, "io_uring_register", 5, 2, io_uring=True) == TRAP | bpf.OTHER_ARGUMENTS | kind
+        assert answer(kind, "io_uring_register", 5, 2, granted=(kernel._IO_URING_MARK,)) == TRAP | bpf.OTHER_ARGUMENTS | kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sockets_only_for_who_has_back_ends_in_other_processes(kind: int) -> None:
+    calls: dict[str, tuple[int, ...]] = {"sendmsg": (5,), "recvfrom": (5,)}
+    if kind != VCPU:
+        calls |= {"socket": (1, 1 | NONBLOCK | CLOEXEC, 0), "connect": (5,)}
+    for call, arguments in calls.items():
+        assert answer(kind, call, *arguments) == EACCES
+        assert answer(kind, call, *arguments, granted=(kernel._VHOST_USER_MARK,)) == ALLOW
+    if kind != VCPU:
+        for family, type in ((2, 1 | NONBLOCK | CLOEXEC), (16, 3 | CLOEXEC), (1, 1), (1, 2 | NONBLOCK | CLOEXEC)):
+            assert answer(kind, "socket", family, type, granted=(kernel._VHOST_USER_MARK,)) == \
+                TRAP | bpf.OTHER_ARGUMENTS | kind
 
 
 def test_a_host_that_makes_no_code_gets_filters_that_kill() -> None:
     sandbox = object.__new__(kernel.Sandbox)
-    sandbox._io_uring, sandbox._pages = False, None
+    sandbox._granted, sandbox._pages = [], None
     program = sandbox._program(MAIN)
     check(program)
     assert run(program, NUMBERS["execve"]) == KILL
@@ -283,7 +299,7 @@ sys.path.insert(0, {str(SOURCE)!r})
 from stratovirt.sandbox.kernel import Sandbox
 from stratovirt.hostmap import syscall
 {prepare}
-sandbox = Sandbox(2, False)
+sandbox = Sandbox(2)
 def act():
     sandbox.confine({kind})
     {act}
@@ -356,6 +372,14 @@ except BlockingIOError:
 os.dup2(write, 2)
 """)
     assert (done.returncode, done.stderr) == (-signal.SIGSYS, "")
+
+
+@only_x86_64
+def test_the_log_moves(tmp_path: Path) -> None:
+    done = in_sandbox(VCPU, "sandbox.move_log(file); syscall(59)",
+                      prepare=f"file = os.open({str(tmp_path / 'log')!r}, os.O_CREAT | os.O_WRONLY)")
+    assert (done.returncode, done.stderr) == (-signal.SIGSYS, "")
+    assert "execve" in (tmp_path / "log").read_text()
 
 
 @only_x86_64

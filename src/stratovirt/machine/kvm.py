@@ -76,7 +76,7 @@ if TYPE_CHECKING:
             """End it, started or not. Raises: HostError when something of it does not end."""
 
         def close_behind(self) -> None:
-            """The process is about to end: nobody shall be kept waiting by what is taken apart."""
+            """When the process ends, nobody shall be kept waiting by what is taken apart. After `start`."""
 
 
 class KvmAccelerator:

@@ -232,7 +232,7 @@ class MicroVm(Lifecycle):
                 chardev.close()
 
     def close_behind(self) -> None:
-        """The process is about to end, and nobody shall be kept waiting for what is taken apart."""
+        """When the process ends, nobody shall be kept waiting for what is taken apart."""
         self._built().close_behind()
 
     def _on_balloon(self, guest_bytes: int) -> None:

@@ -37,7 +37,8 @@ _NAMES_AT = 8 + 4 * _KIND_SIZE
 _DATA_MARK = b"startvit"  # in the handler's code, where the address of its data goes
 # In the filters' code: see rules.py.
 _PID_MARK = struct.pack("<I", 0x7E57_C0DE)
-_IO_URING_MARK, _ALLOWED = struct.pack("<HBBI", 0x06, 0, 0, 0x0005_0001), struct.pack("<HBBI", 0x06, 0, 0, 0x7FFF_0000)
+_IO_URING_MARK, _VHOST_USER_MARK, _ALLOWED = (
+    struct.pack("<HBBI", 0x06, 0, 0, answer) for answer in (0x0005_0001, 0x0005_000D, 0x7FFF_0000))
 _TRAP_MARK, _KILLED = struct.pack("<H", 0x0003), struct.pack("<I", 0x8000_0000)
 
 _FOREVER: list[HostMapping] = []  # the handler's pages: the kernel has their address until the process ends
@@ -45,13 +46,14 @@ _HINT = "-disable-seccomp runs the machine without filters"
 
 
 class Sandbox:
-    """`log_fd` is where the log goes, for good. `io_uring`: threads that serve disks may use it.
+    """`log_fd` is where the log goes. `io_uring`: threads that serve disks may use it. `vhost_user`: threads may talk to the
+    back ends of devices.
 
     Thread: the main thread, before it starts others. Raises: HostError.
     """
 
-    def __init__(self, log_fd: int, io_uring: bool) -> None:
-        self._io_uring = io_uring
+    def __init__(self, log_fd: int, io_uring: bool = False, vhost_user: bool = False) -> None:
+        self._granted = [mark for mark, granted in ((_IO_URING_MARK, io_uring), (_VHOST_USER_MARK, vhost_user)) if granted]
         self._pages: HostMapping | None = None
         use_one_heap()
         try:
@@ -71,7 +73,6 @@ class Sandbox:
         pages.view[_PAGE : _PAGE + len(data)] = data
         try:
             syscall(_MPROTECT, pages.address, _PAGE, _PROT_READ | _PROT_EXEC)
-            syscall(_MPROTECT, data_at, _DATA_PAGES * _PAGE, _PROT_READ)
         except OSError as error:
             if error.errno != _EACCES:
                 raise HostError.from_os("mprotect of the handler of SIGSYS", error, _HINT) from error
@@ -85,6 +86,11 @@ class Sandbox:
             raise HostError.from_os("the handler of SIGSYS", error, _HINT) from error
         self._pages = pages
         _FOREVER.append(pages)
+
+    def move_log(self, log_fd: int) -> None:
+        """The log goes to another descriptor."""
+        if self._pages is not None:
+            self._pages.view[_PAGE : _PAGE + 4] = struct.pack("<I", log_fd)
 
     def confine(self, kind: int) -> None:
         """From now on this thread, and those that it starts, can do what its kind may and no more. Raises: HostError."""
@@ -105,8 +111,8 @@ class Sandbox:
 
     def _program(self, kind: int) -> bytes:
         program = FILTERS[kind].replace(_PID_MARK, struct.pack("<I", os.getpid()))
-        if self._io_uring:
-            program = program.replace(_IO_URING_MARK, _ALLOWED)
+        for mark in self._granted:
+            program = program.replace(mark, _ALLOWED)
         if self._pages is None:
             program = b"".join(
                 code[:4] + _KILLED if code[0] == 0x06 and code[6:] == _TRAP_MARK else code

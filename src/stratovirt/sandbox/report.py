@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from stratovirt.sandbox import KIND_NAMES, KINDS
-from stratovirt.sandbox.rules import IF_IO_URING, Rule, allowed_calls, rules_of
+from stratovirt.sandbox.rules import Rule, allowed_calls, rules_of
 
 PROCESS_BOUND, VCPU_BOUND = 55, 27  # fewer than, at most
 
@@ -35,6 +35,4 @@ def report() -> str:
 
 def _arguments(rule: Rule) -> str:
     words = "; ".join(test.words for test in rule.tests)
-    if rule.action == IF_IO_URING and not words:
-        return ""
     return f" [{words}]" if words else ""

@@ -20,6 +20,7 @@ _VI, _VM, _IM, _ALL = _V | _I, _V | _M, _I | _M, _V | _I | _M
 # Stand for what is known at start only; `kernel.py` puts the real thing there.
 OWN_PID = 0x7E57_C0DE
 IF_IO_URING = ERRNO | 1  # EPERM, or ALLOW when a -drive has aio=io_uring
+IF_VHOST_USER = ERRNO | 13  # EACCES, or ALLOW when a device has its back end in another process
 
 _ENOSYS = ERRNO | 38  # "this kernel does not know it": the C library falls back to what there was before
 
@@ -50,7 +51,7 @@ class Rule:
 
     @property
     def allows(self) -> bool:
-        return self.action in (ALLOW, IF_IO_URING)
+        return self.action in (ALLOW, IF_IO_URING, IF_VHOST_USER)
 
 
 KVM_ON_VCPU_THREADS = {"KVM_RUN": 0xAE80}
@@ -93,7 +94,7 @@ _OPEN_LOG = _O_WRONLY | _O_APPEND | _O_CREAT | _O_CLOEXEC | _O_NOCTTY
 _CLONE_THREAD = 0x003D_0F00
 _MADV_DONTNEED, _MADV_REMOVE = 4, 9
 _SIGABRT, _KICK_SIGNAL = 6, 34
-_SOCK_STREAM, _SOCK_CLOEXEC = 1, 0o2000000
+_SOCK_STREAM, _SOCK_NONBLOCK, _SOCK_CLOEXEC = 1, 0o4000, 0o2000000
 
 
 def _requests(*groups: dict[str, int]) -> Test:
@@ -122,7 +123,7 @@ RULES = (
     Rule(_IM, "writev", "frames to taps"),
     Rule(_ALL, "io_submit", "aio=native; a reset on a vCPU's thread waits for the requests in flight, and begins the rest"),
     Rule(_ALL, "io_getevents", "aio=native: the ends of requests"),
-    Rule(_ALL, "io_uring_enter", "aio=io_uring, if a -drive has it, else EPERM", action=IF_IO_URING),
+    Rule(_ALL, "io_uring_enter", "aio=io_uring, if a -drive has it at the start, else EPERM", action=IF_IO_URING),
     Rule(_IM, "fdatasync", "a guest's flush"),
     Rule(_IM, "fallocate", "discard, zeroes"),
     Rule(_ALL, "lseek", "the size of an image, looked at again by flush and reset"),
@@ -144,8 +145,7 @@ RULES = (
     Rule(_ALL, "rt_sigprocmask", "threads begin and end with signals blocked"),
     Rule(_ALL, "rt_sigreturn", "the end of a signal's handler: the kick of a vCPU, SIGTERM"),
     Rule(_ALL, "restart_syscall", "the kernel goes on with a wait after SIGSTOP and SIGCONT"),
-    Rule(_VI, "tgkill", "the interpreter's last resort is abort()", _TO_ITSELF, Test(2, "SIGABRT", (_SIGABRT,))),
-    Rule(_M, "tgkill", "vCPUs are kicked out of the guest", _TO_ITSELF,
+    Rule(_M, "tgkill", "vCPUs are kicked out of the guest; the interpreter's last resort is abort()", _TO_ITSELF,
          Test(2, "SIGABRT, the kick signal", (_SIGABRT, _KICK_SIGNAL))),
     Rule(_ALL, "getpid", "the log; the C library sends signals with it"),
     Rule(_ALL, "gettid", "the log"),
@@ -155,12 +155,12 @@ RULES = (
     # -- descriptors
     Rule(_ALL, "epoll_ctl", "what a loop waits for"),
     Rule(_ALL, "close", "what is unplugged, clients that leave; a driver's reset forgets a watched tap"),
-    Rule(_ALL, "eventfd2", "engines of disks, interrupts of vhost"),
+    Rule(_IM, "eventfd2", "engines of disks, interrupts of vhost"),
     Rule(_IM, "fcntl", "image locks; a tap is watched for room under a second number",
          Test(1, "F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_DUPFD_CLOEXEC", (3, 36, 37, 1030))),
     Rule(_IM, "io_setup", "the engine of aio=native"),
     Rule(_IM, "io_destroy", "the same, closed"),
-    Rule(_IM, "io_uring_setup", "the engine of aio=io_uring, if a -drive has it, else EPERM", action=IF_IO_URING),
+    Rule(_IM, "io_uring_setup", "the engine of aio=io_uring, if a -drive has it at the start, else EPERM", action=IF_IO_URING),
     Rule(_IM, "io_uring_register", "its eventfd", Test(1, "IORING_REGISTER_EVENTFD", (4,)), action=IF_IO_URING),
 
     # -- QMP and files, on the main thread
@@ -174,11 +174,14 @@ RULES = (
     Rule(_M, "newfstatat", "what kind of file an image is; whether a socket is still ours"),
     Rule(_M, "getdents64", "modules that are imported late"),
     Rule(_M, "rename", "the log's rotation"),
-    Rule(_M, "dup3", "the log's descriptor keeps its number"),
     Rule(_M, "unlink", "sockets and pid file, at the end"),
-    Rule(_M, "socketpair", "the machine is taken apart behind the process's end",
-         Test(0, "AF_UNIX", (1,)), Test(1, "SOCK_STREAM | SOCK_CLOEXEC", (_SOCK_STREAM | _SOCK_CLOEXEC,))),
-    Rule(_M, "sendmsg", "the same"),
+
+    # -- back ends in other processes, if there are any at the start, else EACCES
+    Rule(_ALL, "sendmsg", "vhost-user: a driver's set-up, a reset, a pause are told", action=IF_VHOST_USER),
+    Rule(_ALL, "recvfrom", "vhost-user: the answers", action=IF_VHOST_USER),
+    Rule(_IM, "socket", "vhost-user: a lost back end is tried again", Test(0, "AF_UNIX", (1,)),
+         Test(1, "SOCK_STREAM", (_SOCK_STREAM | _SOCK_NONBLOCK | _SOCK_CLOEXEC,)), action=IF_VHOST_USER),
+    Rule(_IM, "connect", "the same", action=IF_VHOST_USER),
 
     # -- what must fail the way an old kernel fails
     Rule(_IM, "clone3", "its flags are in memory, where no filter can look: the C library takes clone", action=_ENOSYS),

@@ -19,7 +19,7 @@ else:
 
 
 def close_behind(fd: int) -> None:
-    """Keep what `fd` refers to open until this process has ended, and have it closed soon after that.
+    """From now on, keep what `fd` refers to open until this process has ended, and have it closed soon after that.
 
     A failure has no consequence but that the process waits, as it would have without.
     """
