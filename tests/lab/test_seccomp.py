@@ -19,7 +19,10 @@ from system_calls import compare, seen
 
 # Every exit of a vCPU is an ioctl and most are a write besides: strace does not look at these, or the guest would stand still.
 EVERYWHERE = ("ioctl", "futex", "read", "write")
-SCRIPT = f"""{CONFIGURE}for n in 1 2; do ip link set eth$n up; ip addr add 10.99.$n.2/24 dev eth$n; ping -c 1 -W 1 -q 10.99.$n.1 >/tmp/ping; done
+SCRIPT = f"""{CONFIGURE}for n in 1 2; do
+    ip link set eth$n up; ip addr add 10.99.$n.2/24 dev eth$n
+    ping -c 1 -W 1 -q 10.99.$n.1 >/tmp/ping
+done
 ping -c 3 -i 0.2 -q {HOST} >/tmp/ping; echo ping $?
 for disk in vdb vdc; do
     dd if=/dev/$disk of=/tmp/$disk bs=64k count=16 iflag=direct 2>/dev/null &&
