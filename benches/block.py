@@ -23,7 +23,7 @@ from benches.report import BenchError, Report
 _TREE = Path(__file__).resolve().parent.parent
 _RUNS = 1
 _DEADLINE = 1800
-_TOOLS_MIB = 64
+_TOOLS_MIB = 128
 _FUNCTIONS = 24
 
 Record = dict[str, object]
