@@ -58,6 +58,7 @@ class Guest:
         descriptors: tuple[int, ...] = (),
         programs: tuple[str, ...] = (),
         prefix: tuple[str, ...] = (),
+        shared: bool = False,
     ) -> None:
         self.console = bytearray()
         self.stdout = bytearray()
@@ -70,7 +71,8 @@ class Guest:
         if programs:
             ram_disk = self._with_programs(folder, ram_disk, programs)
         append = f"{KERNEL_LINE} {words} {guest_console.kernel_words(command, end)}"
-        line = [str(Path(sys.executable).parent / "stratovirt"), "-machine", "microvm", "-smp", str(smp), "-m", str(memory)]
+        machine = "microvm,mem-share=on" if shared else "microvm"
+        line = [str(Path(sys.executable).parent / "stratovirt"), "-machine", machine, "-smp", str(smp), "-m", str(memory)]
         line += ["-kernel", str(kernel), "-initrd", str(ram_disk), "-append", append, "-serial", "stdio"]
         if disk is not None:
             line += ["-drive", f"id=disk,file={disk},direct=off,readonly={'on' if read_only else 'off'}"]

@@ -1,6 +1,7 @@
 """What only the whole command line can tell: references between options, and combinations that cannot be.
 
-Every back end is used by one front end. `-serial` and `-mon` take their character device out of `VmConfig.chardevs`.
+Every back end is used by one front end. `-serial`, `-mon` and devices on vhost-user take their character device out of
+`VmConfig.chardevs`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def read_chardev(group: Group, text: str) -> CharDeviceConfig:
         raise ConfigError("a socket has either a path or a port", option=group.title, value=text,
                           accepted="path=PATH, or port=N and host=IP")
     host = values.optional_string("host") or "0.0.0.0"
-    return CharDeviceConfig(id, kind, path or "", host if port else "", port or 0, listens(values, group.title, text))
+    server = listens(values, group.title, text)
+    if server and "reconnect" in values.given:
+        raise ConfigError("a socket that listens connects to nobody", option=f"{group.title},reconnect",
+                          value=str(values.integer("reconnect")), accepted="reconnect without server,nowait")
+    return CharDeviceConfig(id, kind, path or "", host if port else "", port or 0, server, values.integer("reconnect"))
 
 
 def listens(values: OptionValues, option: str, text: str) -> bool:
@@ -164,6 +169,10 @@ def _check_devices(config: VmConfig) -> None:
                 raise ConfigError(f"there is no rng-random object {rng}", option=f"{title},rng", value=rng,
                                   accepted=_ids("-object rng-random", config.rng_backends))
             _check_rate(device.options, title)
+        elif device.driver in ("vhost-user-fs-device", "vhost-user-blk-device"):
+            from stratovirt.cli.vhost_users import claim
+
+            claim(config, device.options.string("chardev"), title, device.id)
         elif device.driver in ("virtconsole", "virtserialport"):
             chardev = device.options.string("chardev")
             if chardev in port_users or chardev not in config.chardevs:

@@ -6,7 +6,6 @@ Not on the way to a running guest: imported for help, for the documentation, and
 from __future__ import annotations
 
 from stratovirt.config.schema import (
-    U8_MAX,
     U32_MAX,
     U64_MAX,
     Bool,
@@ -15,7 +14,6 @@ from stratovirt.config.schema import (
     Int,
     Key,
     Path,
-    PowerOfTwo,
     StrictBool,
     String,
 )
@@ -45,20 +43,7 @@ OBJECTS = {
     ), works=False),
 }
 
-DEVICES = {
-    "vhost-user-fs-device": Group("-device vhost-user-fs-device", "a shared directory, served by virtiofsd", (
-        _ID,
-        _CHARDEV,
-        Key("tag", String(35), "the name that the guest mounts", required=True),
-    ), works=False),
-    "vhost-user-blk-device": Group("-device vhost-user-blk-device", "a disk in another process", (
-        _ID,
-        _CHARDEV,
-        Key("num-queues", Int(1, 32), "request queues"),
-        Key("queue-size", PowerOfTwo(4, 1024), "descriptors in a queue", 256),
-        Key("bootindex", Int(0, U8_MAX), "rank in the boot order"),
-    ), works=False),
-}
+DEVICES: dict[str, Group] = {}
 
 # Devices of the machines with PCI, and of the desktop.
 PCI_DEVICES = (

@@ -37,12 +37,14 @@ MAX_QUEUES = 32
 MAX_QUEUE_PAIRS = 16
 MAX_IOTHREADS = 8
 SERIAL_NUMBER_SIZE = 20
+FS_TAG_SIZE = 36
 
 _BOOL = Bool()
 _STRICT = StrictBool()
 _STRING = String()
 _ID = Key("id", _STRING, "the name by which other options and QMP refer to it", required=True)
 _CHARDEV = Key("chardev", _STRING, "the id of its -chardev", required=True)
+_BACKEND = Key("chardev", _STRING, "the id of a -chardev socket with the path on which its back end listens", required=True)
 _FD = Int(0, (1 << 31) - 1)
 _ACCEL = Choice("kvm", "kvm:tcg", "test")
 
@@ -113,11 +115,12 @@ _CHARDEVS: tuple[tuple[str, str, tuple[Key, ...]], ...] = (
     ("pty", "a new pseudo-terminal; query-chardev tells its name", ()),
     ("file", "output at the end of a file, which is created if need be", (
         Key("path", Path(), "the file", required=True),)),
-    ("socket", "one client at a time on a unix socket (path) or TCP (port)", (
+    ("socket", "one client at a time on a unix socket (path) or TCP (port), or a vhost-user back end (path)", (
         Key("path", SocketPath(), "the unix socket"),
         Key("host", Ipv4(), "the address to listen on; 0.0.0.0 if left out"),
         Key("port", Int(1, 65535), "the TCP port"),
-        *_LISTEN)),
+        *_LISTEN,
+        Key("reconnect", Int(0, 3600), "seconds until a lost vhost-user back end is tried again, 0 for never", 3))),
     ("redirect-to-log", "every line of output becomes a line of the log", ()),
 )
 CHARDEVS = {kind: Group(f"-chardev {kind}", help, (_ID, *keys)) for kind, help, keys in _CHARDEVS}
@@ -239,6 +242,18 @@ DEVICES = {
         _ID,
         Key("guest-cid", Int(3, U32_MAX), "the guest's address", required=True),
         Key("vhostfd", _FD, "an open /dev/vhost-vsock descriptor"),
+    )),
+    "vhost-user-fs-device": Group("-device vhost-user-fs-device", "a shared directory, served by virtiofsd", (
+        _ID,
+        _BACKEND,
+        Key("tag", String(FS_TAG_SIZE - 1), "the name that the guest mounts", required=True),
+    )),
+    "vhost-user-blk-device": Group("-device vhost-user-blk-device", "a disk in another process", (
+        _ID,
+        _BACKEND,
+        Key("num-queues", Int(1, MAX_QUEUES), "request queues", 1),
+        Key("queue-size", PowerOfTwo(4, 1024), "descriptors in a queue", 256),
+        Key("bootindex", Int(0, U8_MAX), "rank in the boot order; a microvm boots its -kernel", ignored=True),
     )),
 }
 MIN_RNG_RATE, MAX_RNG_RATE = 64, 1_000_000_000  # bytes a second

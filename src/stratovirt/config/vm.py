@@ -33,17 +33,20 @@ class CharDeviceConfig:
     """A character device: `kind` is stdio, pty, file, socket or redirect-to-log.
 
     `path` is the file or the unix socket, `host` and `port` the TCP listener; `server` says that the program listens.
+    `reconnect` is how many seconds after its loss a vhost-user back end is tried again, 0 for never.
     """
 
-    __slots__ = ("host", "id", "kind", "path", "port", "server")
+    __slots__ = ("host", "id", "kind", "path", "port", "reconnect", "server")
 
-    def __init__(self, id: str, kind: str, path: str = "", host: str = "", port: int = 0, server: bool = False) -> None:
+    def __init__(self, id: str, kind: str, path: str = "", host: str = "", port: int = 0, server: bool = False,
+                 reconnect: int = 0) -> None:
         self.id = id
         self.kind = kind
         self.path = path
         self.host = host
         self.port = port
         self.server = server
+        self.reconnect = reconnect
 
 
 class DriveConfig:
@@ -151,7 +154,7 @@ class VmConfig:
         "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
         "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
         "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
-        "reboot_action", "rng_backends", "seccomp", "serial", "smp",
+        "reboot_action", "rng_backends", "seccomp", "serial", "smp", "vhost_users",
     )
 
     def __init__(self) -> None:
@@ -175,7 +178,8 @@ class VmConfig:
         self.initrd = ""
         self.kernel_cmdline = ""
         self.serial: CharDeviceConfig | None = None
-        self.chardevs: dict[str, CharDeviceConfig] = {}  # without those that -serial and -mon have taken
+        self.chardevs: dict[str, CharDeviceConfig] = {}  # without those that others have taken: -serial, -mon,
+        self.vhost_users: dict[str, CharDeviceConfig] = {}  # and devices with a back end in another process
         self.drives: dict[str, DriveConfig] = {}
         self.rng_backends: dict[str, RngBackendConfig] = {}
         self.netdevs: dict[str, NetdevConfig] = {}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
     from stratovirt.memory import GuestMemory
+    from stratovirt.vhost.user import BackendSocket
     from stratovirt.virtio.balloon import VirtioBalloon
     from stratovirt.virtio.device import VirtioDevice
 
@@ -109,6 +110,45 @@ def _create_vsock(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     return VhostVsock(backend, guest_cid, around.loop, _reporter(device.id))
 
 
+def _create_vhost_user_fs(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.virtio.vhost_user_fs import VhostUserFs
+
+    backend = _backend_socket(around, device.options.string("chardev"))
+    tag = device.options.string("tag").encode("utf-8", "surrogateescape")
+    return _with_backend(backend, lambda: VhostUserFs(backend, tag, around.loop, _backend_reporter(device.id)))
+
+
+def _create_vhost_user_blk(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    from stratovirt.virtio.vhost_user_blk import VhostUserBlk
+
+    backend = _backend_socket(around, device.options.string("chardev"))
+    queues, queue_size = device.options.integer("num-queues"), device.options.integer("queue-size")
+    return _with_backend(
+        backend, lambda: VhostUserBlk(backend, queues, queue_size, around.loop, _backend_reporter(device.id)))
+
+
+def _backend_socket(around: Surroundings, id: str) -> BackendSocket:
+    from stratovirt.vhost.user import BackendSocket
+
+    chardev = around.config.vhost_users[id]
+    return BackendSocket(id, chardev.path, around.memory, chardev.reconnect)
+
+
+def _with_backend(backend: BackendSocket, make: Callable[[], VirtioDevice]) -> VirtioDevice:
+    from stratovirt.vhost.user import BackendError
+
+    try:
+        return make()
+    except BackendError as error:
+        raise ConfigError(str(error), option=f"-chardev socket,id={backend.id},path", value=backend.path,
+                          accepted="the socket of a vhost-user back end for this device, which is running already") from error
+
+
+def _backend_reporter(id: str) -> Callable[[StratoVirtError], None]:
+    """A back end is lost once, and then tried at intervals: no guest can fill the log with that."""
+    return lambda error: log.error(f"{id}: {error}")
+
+
 def _create_serial(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     from stratovirt.config.ports import CONSOLE, number_ports
     from stratovirt.virtio.console import Port, VirtioConsole
@@ -136,6 +176,8 @@ DRIVERS: dict[str, tuple[str, Callable[[Surroundings, DeviceConfig], VirtioDevic
     "virtio-serial-device": (OTHER, _create_serial),
     "virtio-balloon-device": (OTHER, _create_balloon),
     "vhost-vsock-device": (OTHER, _create_vsock),
+    "vhost-user-fs-device": (OTHER, _create_vhost_user_fs),
+    "vhost-user-blk-device": (BLOCK, _create_vhost_user_blk),
 }
 
 

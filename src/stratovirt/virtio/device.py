@@ -18,6 +18,7 @@ from __future__ import annotations
 from _thread import allocate_lock
 
 from stratovirt.errors import GuestError
+from stratovirt.loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +115,21 @@ class VirtioDevice:
         """Devices without writable fields ignore writes (VIRTIO 1.2, 2.5)."""
 
     # -- queue work, on the device's loop
+
+    def give_away(self, queues: frozenset[int], loop: EventLoop) -> None:
+        """From now on somebody else serves `queues`, and the notifications of all others come to their loops; `loop` is the
+        device's own. Thread: any, with `_work` held.
+        """
+        transport = self.transport
+        changed, self.external_queues = queues ^ self.external_queues, queues
+        if transport is None:
+            return
+        for index in changed:
+            fd, its_loop = transport.notify_fds[index], self.loop_of(index) or loop
+            if index in queues:
+                its_loop.remove(fd)
+            else:
+                its_loop.add(fd, READ, lambda _events, index=index: transport.on_notify(index))  # type: ignore[misc]
 
     def lock_of(self, index: int) -> Lock:
         """What is held for the work on a queue. A device whose queues are on several loops has one for each, and `_work` is

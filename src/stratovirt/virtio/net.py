@@ -18,7 +18,7 @@ from _thread import allocate_lock
 
 from stratovirt.backends.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, Tap, TapGoneError
 from stratovirt.errors import GuestError, HostError
-from stratovirt.loop import READ, EventLoop
+from stratovirt.loop import EventLoop
 from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice
 from stratovirt.virtio.net_filter import CLASS_MQ, MAC_SIZE, MAX_COMMAND, MQ_PAIRS_SET, ReceiveFilter
 from stratovirt.virtio.net_header import F_CSUM, F_HOST_TSO4, F_HOST_TSO6, F_HOST_UFO
@@ -194,17 +194,7 @@ class VirtioNet(VirtioDevice):
         False: the kernel refuses, and the log has it.
         """
         done = self._pairs.sync()
-        transport = self.transport
-        external = self._pairs.in_kernel - {self._control_index()}
-        changed, self.external_queues = external ^ self.external_queues, external
-        if transport is None:
-            return done
-        for index in changed:
-            fd, loop = transport.notify_fds[index], self.loop_of(index)
-            if index in external:
-                loop.remove(fd)
-            else:
-                loop.add(fd, READ, lambda _events, index=index: transport.on_notify(index))  # type: ignore[misc]
+        self.give_away(self._pairs.in_kernel - {self._control_index()}, self._loop)
         return done
 
     def _give_up(self) -> None:

@@ -129,6 +129,35 @@ class Virtqueue:
         """Go on from there: somebody else has served the queue up to it. Chains that were popped are the driver's again."""
         self._next_avail = self._next_used = self._last_signalled = position
 
+    def reclaim(self) -> list[Chain]:
+        """Take the queue over from somebody who served it and is gone: the chains that the driver waits for, as if popped.
+
+        `virtio/lost.py` says how they are found. A malformed chain is an error as ever.
+        """
+        from stratovirt.virtio.lost import outstanding
+
+        avail, avail_index = self._avail16, self._avail_index + 2
+        made_available, used = avail[avail_index - 1], self._used16[self._used_index + 1]
+        self._next_avail = made_available
+        self._next_used = self._last_signalled = used
+        if (made_available - used) & 0xFFFF > self.size:
+            raise self._broken(f"avail.idx is {(made_available - used) & 0xFFFF} ahead in a queue of {self.size}", "2.7.13")
+
+        def head(index: int) -> int:
+            return avail[avail_index + index % self.size]
+
+        def returned(index: int) -> int:
+            return int(_USED_ELEMENT.unpack_from(self._used_ram, self._used_offset + 4 + 8 * (index % self.size))[0])
+
+        chains = []
+        for number in outstanding(self.size, made_available, used, head, returned):
+            if number >= self.size:
+                raise self._broken(f"the available ring names descriptor {number} of {self.size}", "2.7.6")
+            chain = Chain(number)
+            self._walk(chain)
+            chains.append(chain)
+        return chains
+
     # -- from the driver
 
     def pop(self) -> Chain | None:
