@@ -67,7 +67,7 @@ class VhostUser:
     __slots__ = ("_memory", "_socket", "_until", "features", "name", "protocol", "queues")
 
     def __init__(self, socket: _socket.socket, name: str, memory: GuestMemory, protocol: int) -> None:
-        """The handshake; `protocol` are the protocol features to use if the back end has them."""
+        """The handshake; `socket` does not block, `protocol` are the protocol features to use if the back end has them."""
         self._socket = socket
         self._memory = memory
         self._until = time.monotonic() + HANDSHAKE_SECONDS
@@ -75,7 +75,6 @@ class VhostUser:
         self.protocol = 0
         self.queues = 0
         try:
-            socket.setblocking(False)
             self.features = self._get_u64(proto.GET_FEATURES)
             if self.features >> proto.F_PROTOCOL_FEATURES & 1:
                 offered = self._get_u64(proto.GET_PROTOCOL_FEATURES)
@@ -242,7 +241,7 @@ class BackendSocket:
             except OSError as error:
                 socket.close()
                 if error.errno == _EAGAIN and time.monotonic() < until:  # too many wait to be accepted, and poll cannot tell
-                    time.sleep(0.05)
+                    select.poll().poll(50)
                     continue
                 raise BackendError(f"cannot connect to {self.path}", error.errno or 0) from error
             return VhostUser(socket, name, self.memory, protocol)

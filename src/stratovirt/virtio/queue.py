@@ -24,7 +24,12 @@ from stratovirt.hostmap import ARCHITECTURE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
     from stratovirt.memory import GuestMemory
+
+    Outstanding: TypeAlias = Callable[[int, int, int, Callable[[int], int], Callable[[int], int]], list[int]]
 
 DESC_F_NEXT = 1
 DESC_F_WRITE = 2
@@ -129,13 +134,11 @@ class Virtqueue:
         """Go on from there: somebody else has served the queue up to it. Chains that were popped are the driver's again."""
         self._next_avail = self._next_used = self._last_signalled = position
 
-    def reclaim(self) -> list[Chain]:
+    def reclaim(self, outstanding: Outstanding) -> list[Chain]:
         """Take the queue over from somebody who served it and is gone: the chains that the driver waits for, as if popped.
 
-        `virtio/lost.py` says how they are found. A malformed chain is an error as ever.
+        `outstanding` finds them (`virtio/lost.py`). A malformed chain is an error as ever.
         """
-        from stratovirt.virtio.lost import outstanding
-
         avail, avail_index = self._avail16, self._avail_index + 2
         made_available, used = avail[avail_index - 1], self._used16[self._used_index + 1]
         self._next_avail = made_available

@@ -29,6 +29,7 @@ from stratovirt.loop import READ
 from stratovirt.vhost._user import P_CONFIG, P_MQ
 from stratovirt.vhost.user import BackendError
 from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
+from stratovirt.virtio.lost import outstanding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -245,12 +246,16 @@ class VhostUserDevice(VirtioDevice):
 
     def take_over(self, index: int, queue: Virtqueue) -> None:
         """The back end of a queue is gone. Raises: GuestError when the queue cannot be followed."""
-        for chain in queue.reclaim():
+        for chain in queue.reclaim(outstanding):
             queue.push(chain.head, self.fail(index, chain))
 
     def fail(self, index: int, chain: Chain) -> int:
         """Answer a request with an error; how many bytes were written into it. Raises: GuestError."""
         raise NotImplementedError
+
+    def process(self, index: int) -> None:
+        if self._connection is None:  # else the back end has the queue, or is about to get it with a kick of its own
+            super().process(index)
 
     def ready(self, index: int) -> bool:
         return not self._paused and self._connection is None
