@@ -47,6 +47,7 @@ class Program:
             self.process.kill()
             out, error = self.process.communicate()
             raise AssertionError(f"no end after {DEADLINE} s: {out!r} {error!r}") from None
+        assert b"[seccomp]" not in error, error
         return self.process.returncode, out.decode(), error.decode()
 
     def wait_for(self, text: str) -> str:

@@ -146,15 +146,15 @@ def test_nobody_needs_these(kind: int, call: str) -> None:
     assert answer(kind, call) == TRAP | kind
 
 
-@pytest.mark.parametrize("call", ["openat", "clone", "recvmsg", "sendto", "tgkill", "eventfd2", "accept4", "unlink",
-                                  "rename", "newfstatat",
+@pytest.mark.parametrize("call", ["openat", "clone", "recvmsg", "sendto", "setsockopt", "tgkill", "eventfd2", "accept4",
+                                  "unlink", "rename", "newfstatat",
                                   "preadv2", "pwritev2", "io_setup", "fallocate", "exit_group", "socket", "connect", "fcntl"])
 def test_a_vcpu_thread_opens_nothing_and_starts_nobody(call: str) -> None:
     assert answer(VCPU, call) == TRAP | VCPU
 
 
-@pytest.mark.parametrize("call", ["openat", "recvmsg", "sendto", "accept4", "unlink", "rename", "newfstatat", "tgkill",
-                                  "exit_group"])
+@pytest.mark.parametrize("call", ["openat", "recvmsg", "sendto", "setsockopt", "accept4", "unlink", "rename", "newfstatat",
+                                  "tgkill", "exit_group"])
 def test_an_iothread_opens_nothing_and_talks_to_nobody(call: str) -> None:
     assert answer(IOTHREAD, call) == TRAP | IOTHREAD
 
@@ -183,6 +183,7 @@ PER_KIND = [
     (IOTHREAD, "fcntl", (5, 1030), [(5, 4), (5, 8), (5, 0)]),
     (IOTHREAD, "madvise", (0, 0, 4), [(0, 0, 9)]),
     (MAIN, "madvise", (0, 0, 9), [(0, 0, 14), (0, 0, 100)]),
+    (MAIN, "madvise", (0, 0, 102), [(0, 0, 103)]),
     (MAIN, "tgkill", (PID, 1, KICK_SIGNAL), [(PID, 1, 35), (PID - 1, 1, KICK_SIGNAL)]),
     (MAIN, "tgkill", (PID, 1, 6), [(PID, 1, 9), (PID, 1, 15), (1, 1, 6), (PID + 1, 1, 6)]),
     (MAIN, "clone", (THREAD, 0), [(0x0120_0011, 0), (0x0400_0000, 0)]),

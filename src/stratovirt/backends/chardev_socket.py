@@ -5,6 +5,8 @@ Further clients wait in the listen backlog until the one being served has gone. 
 
 from __future__ import annotations
 
+import os
+
 from stratovirt import log
 from stratovirt.backends.chardev_host import DescriptorCharDevice
 from stratovirt.backends.listen import Listener, listen_tcp, listen_unix
@@ -83,7 +85,7 @@ class SocketCharDevice(DescriptorCharDevice):
         if client is None:
             return len(chunk)
         try:
-            return client.send(chunk)
+            return os.write(client.fileno(), chunk)
         except (BlockingIOError, InterruptedError):
             return -1
         except OSError:

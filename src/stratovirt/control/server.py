@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _socket
 import _thread
+import os
 import select
 import sys
 import time
@@ -220,7 +221,7 @@ class QmpServer:
     def _send(self, client: Client) -> None:
         while client.output:
             try:
-                sent = client.socket.send(client.output[:READ_SIZE])
+                sent = os.write(client.fd, client.output[:READ_SIZE])
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:

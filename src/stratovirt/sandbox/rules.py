@@ -92,7 +92,7 @@ _NOT_TO_OPEN = ~_OPEN_EXISTING & 0xFFFF_FFFF
 _OPEN_LOG = _O_WRONLY | _O_APPEND | _O_CREAT | _O_CLOEXEC | _O_NOCTTY
 # CLONE_VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID: what pthread_create asks for
 _CLONE_THREAD = 0x003D_0F00
-_MADV_DONTNEED, _MADV_REMOVE = 4, 9
+_MADV_DONTNEED, _MADV_REMOVE, _MADV_GUARD_INSTALL = 4, 9, 102
 _SIGABRT, _KICK_SIGNAL = 6, 34
 _SOCK_STREAM, _SOCK_NONBLOCK, _SOCK_CLOEXEC = 1, 0o4000, 0o2000000
 
@@ -114,8 +114,8 @@ RULES = (
     Rule(_M, "ioctl", "reset, a vCPU's state, taps, vhost, discards, sockets and terminals",
          _requests(DESCRIPTOR, TAP_IN_USE, VHOST, DISK, TERMINAL, TAP_OPENING, VHOST_OPENING, KVM_ON_MAIN)),
     Rule(_ALL, "futex", "locks: the interpreter's, those of devices"),
-    Rule(_ALL, "write", "eventfds (interrupts, wake-ups), character devices, the log"),
-    Rule(_ALL, "read", "eventfds, character devices, QMP's files"),
+    Rule(_ALL, "write", "eventfds (interrupts, wake-ups), character devices, QMP's answers, the log"),
+    Rule(_ALL, "read", "eventfds, character devices, modules that are imported late"),
     Rule(_IM, "epoll_wait", "the event loop"),
     Rule(_IM, "preadv2", "disk reads"),
     Rule(_IM, "pwritev2", "disk writes"),
@@ -136,9 +136,11 @@ RULES = (
     Rule(_ALL, "munmap", "memory given back"),
     Rule(_ALL, "mremap", "large buffers that grow"),
     Rule(_ALL, "brk", "the C library's heap"),
-    Rule(_VI, "madvise", "a thread's stack at its end", Test(2, "MADV_DONTNEED", (_MADV_DONTNEED,))),
-    Rule(_M, "madvise", "the balloon and a reset give pages back",
-         Test(2, "MADV_DONTNEED, MADV_REMOVE", (_MADV_DONTNEED, _MADV_REMOVE))),
+    Rule(_V, "madvise", "a thread's stack at its end", Test(2, "MADV_DONTNEED", (_MADV_DONTNEED,))),
+    Rule(_I, "madvise", "a thread's stack at its end, and the guard of a new one in newer C libraries",
+         Test(2, "MADV_DONTNEED, MADV_GUARD_INSTALL", (_MADV_DONTNEED, _MADV_GUARD_INSTALL))),
+    Rule(_M, "madvise", "the same; the balloon and a reset give pages back",
+         Test(2, "MADV_DONTNEED, MADV_REMOVE, MADV_GUARD_INSTALL", (_MADV_DONTNEED, _MADV_REMOVE, _MADV_GUARD_INSTALL))),
     Rule(_IM, "clone", "threads for the requests of disks",
          Test(0, "the flags of pthread_create", (_CLONE_THREAD,))),
     Rule(_IM, "rseq", "the C library aborts when a new thread does not get what the first one got", Test(2, "no flags", (0,))),
@@ -165,13 +167,13 @@ RULES = (
 
     # -- QMP and files, on the main thread
     Rule(_M, "recvmsg", "QMP requests, with descriptors"),
-    Rule(_M, "sendto", "QMP answers, consoles on sockets"),
     Rule(_M, "accept4", "clients of QMP and of consoles", Test(3, "SOCK_CLOEXEC", (_SOCK_CLOEXEC,))),
     Rule(_M, "getsockname", "Python asks what kind of socket a client's is"),
     Rule(_M, "openat", "blockdev-add, taps, vhost, modules that are imported late: files that exist",
          Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "no O_CREAT, O_TRUNC, O_PATH", forbidden_bits=_NOT_TO_OPEN)),
     Rule(_M, "openat", "a new log file", Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "the flags of the log", (_OPEN_LOG,))),
     Rule(_M, "newfstatat", "what kind of file an image is; whether a socket is still ours"),
+    Rule(_M, "fstat", "the same in newer C libraries"),
     Rule(_M, "getdents64", "modules that are imported late"),
     Rule(_M, "rename", "the log's rotation"),
     Rule(_M, "unlink", "sockets and pid file, at the end"),

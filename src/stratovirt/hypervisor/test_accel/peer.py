@@ -129,7 +129,7 @@ class Peer:
         """Is everything out? A peer that is gone takes everything."""
         while self._output:
             try:
-                del self._output[: self._socket.send(self._output)]
+                del self._output[: os.write(self._socket.fileno(), self._output)]
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:
