@@ -59,6 +59,7 @@ def test_what_strace_sees_is_what_is_allowed(boot: Callable[..., Guest], make_ta
                  prefix=strace)
     console = Client(tmp_path / "con.socket")
     guest.wait_for(b"all-2", seconds=3 * DEADLINE)
+    guest.wait_for(b"1000\n", stream=guest.stdout)
     assert guest.stdout.decode().split() == ["ping", "0", "vdb", "vdc", "ports", "1000"], guest.account()
     assert guest.execute("query-status")["running"] is True
     guest.execute("stop")
