@@ -41,7 +41,7 @@ class Lockdown:
         from stratovirt.sandbox.kernel import Sandbox
 
         self._sandbox = Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()),
-                                any(device.driver.startswith("vhost-user-") for device in config.devices))
+                                bool(config.vhost_users))
         # Threads that are confined before this one may have something to tell.
         log.LOG.rotate_through(loop.call_soon, self._sandbox.move_log)
 

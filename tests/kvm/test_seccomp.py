@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from stratovirt.arch.x86_64 import layout
 from stratovirt.backends.tap import open_taps
 from stratovirt.config.vm import NetdevConfig
 from stratovirt.errors import ConfigError
-from stratovirt.sandbox import KIND_NAMES
+from stratovirt.sandbox import KIND_NAMES, MAIN, VCPU
 from system_calls import compare, seen
 from unit.images import Load
 from unit.virtio_devices import disk_content
@@ -91,11 +92,10 @@ class Busy:
             for number in queues:
                 asm.store(window + QUEUE_NOTIFY, number)
 
-    def disk(self, slot: int) -> None:
-        """Reads, writes, a flush, a discard and zeroes."""
+    def disk(self, slot: int, holes: bool = True) -> None:
+        """Reads, writes, a flush; with `holes` a discard and zeroes."""
         queue, at = self.queue()
-        # VIRTIO_BLK_F_FLUSH, DISCARD, WRITE_ZEROES
-        for number, (kind, sector) in enumerate(((0, 5), (1, 7), (4, 0), (11, 16), (13, 24), (0, 63))):
+        for number, (kind, sector) in enumerate(((0, 5), (1, 7), (4, 0), (11, 16), (13, 24), (0, 63))[: None if holes else 3]):
             place = at + 0x800 * number
             self.memory.write(place, struct.pack("<IIQ", kind, 0, sector if kind < 2 else 0))
             chain = [(place, 16, False)]
@@ -105,7 +105,8 @@ class Busy:
                 self.memory.write(place + 0x200, struct.pack("<QII", sector, 8, 0))
                 chain.append((place + 0x200, 16, False))
             queue.add([*chain, (place + 0x7F0, 1, True)])
-        self.drive(slot, 1 << 9 | 1 << 13 | 1 << 14, {0: queue})
+        # VIRTIO_BLK_F_FLUSH, DISCARD, WRITE_ZEROES
+        self.drive(slot, 1 << 9 | (1 << 13 | 1 << 14 if holes else 0), {0: queue})
 
     def interface(self, slot: int) -> None:
         """Buffers for what comes, and a frame to send."""
@@ -367,3 +368,66 @@ def test_what_strace_sees_is_what_is_allowed(launch, tmp_path: Path) -> None:
     forbidden, idle_calls = compare(seen(trace))
     assert not any(forbidden.values()), forbidden
     assert not any(idle_calls.values()), f"allowed, and not needed in this run: {idle_calls}"
+
+
+STORAGE_DAEMON = "/usr/bin/qemu-storage-daemon"
+
+
+def storage_daemon(folder: Path) -> subprocess.Popen[bytes]:
+    """A disk's back end in another process, listening at `folder`/back."""
+    (folder / "back").unlink(missing_ok=True)
+    socket = folder / "back"
+    process = subprocess.Popen(
+        [STORAGE_DAEMON, "--blockdev", f"driver=file,filename={folder / 'disk'},node-name=disk", "--export",
+         f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={socket},writable=on"], stdin=subprocess.DEVNULL)
+    wait_until(lambda: sockets_at(socket) >= 1)
+    return process
+
+
+def sockets_at(path: Path) -> int:
+    """One that listens, and one for each connection."""
+    return Path("/proc/net/unix").read_text().count(str(path))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_back_end_in_another_process_is_talked_to_and_tried_again(launch, tmp_path: Path) -> None:
+    if not os.path.exists(STORAGE_DAEMON):
+        pytest.skip(f"no {STORAGE_DAEMON}: Debian's qemu-system-common")
+    trace, qmp, log = tmp_path / "trace", tmp_path / "qmp", tmp_path / "log"
+    image(tmp_path / "disk")
+    guest = Busy()
+    guest.disk(0, holes=False)
+    daemon = storage_daemon(tmp_path)
+    try:
+        program = launch(guest.kernel(), "-machine", "microvm,mem-share=on", "-D", str(log),
+                         "-qmp", f"unix:{qmp},server,nowait", "-chardev", f"socket,id=c0,path={tmp_path / 'back'},reconnect=1",
+                         "-device", "vhost-user-blk-device,chardev=c0,id=b0",
+                         prefix=("strace", "-D", "-f", "-ff", "-o", str(trace)))
+        program.wait_for("driven\n")
+        client = connect(qmp)
+        assert client.ask("stop") == {}
+        assert client.ask("cont") == {}
+        daemon.kill()
+        daemon.wait()
+        wait_until(lambda: "b0: " in log.read_text())
+        daemon = storage_daemon(tmp_path)
+        wait_until(lambda: sockets_at(tmp_path / "back") >= 2)
+        assert client.ask("system_reset") == {}
+        program.wait_for("driven\n")
+        client.ask("quit")
+        status, _, error = program.finish()
+        client.close()
+    finally:
+        daemon.kill()
+        daemon.wait()
+    assert (status, error) == (0, "")
+    assert "[seccomp]" not in log.read_text()
+    found = seen(trace)
+    assert {"sendmsg", "recvfrom"} <= found[VCPU]
+    assert {"sendmsg", "recvfrom", "socket", "connect"} <= found[MAIN]
