@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from kvm.conftest import SOURCE
-from kvm.guests import Asm
+from kvm.guests import Asm, hello
 from kvm.test_qmp import Client
 from stratovirt.arch.x86_64 import layout
 from stratovirt.backends.tap import open_taps
@@ -183,6 +183,27 @@ def test_disable_seccomp(launch, tmp_path: Path) -> None:
     assert status_of(program.process.pid, "Seccomp") == {0}
     assert status_of(program.process.pid, "NoNewPrivs") == {0}
     client.close()
+
+
+def test_a_host_without_filters(kernel, tmp_path: Path) -> None:
+    """As in a container whose own filter does not know seccomp(2)."""
+    code = f"""import os, struct, sys; sys.path.insert(0, {str(SOURCE)!r})
+from stratovirt.sandbox import kernel
+code = ((0x20, 0, 0, 0), (0x15, 0, 1, 317), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7fff0000))
+real, kernel.FILTERS = kernel.FILTERS, [b"".join(struct.pack("<HBBI", *one) for one in code)]
+kernel.Sandbox(2).confine(0)
+kernel.FILTERS = real
+from stratovirt.__main__ import main
+sys.exit(main())"""
+    words = ["-machine", "microvm", "-m", "128", "-kernel", kernel(hello()), "-serial", "stdio"]
+    for more, status, out in (((), 1, b""), (("-disable-seccomp",), 0, b"hello\n")):
+        done = subprocess.run([sys.executable, "-IS", "-c", code, *words, *more], stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=DEADLINE, check=False)
+        assert (done.returncode, done.stdout) == (status, out)
+        if status:
+            assert done.stderr.startswith(b"stratovirt: ")
+            assert b"-disable-seccomp" in done.stderr
+            assert done.stderr.count(b"\n") == 1
 
 
 # -- what has to work

@@ -24,7 +24,7 @@ from stratovirt.sandbox.tables import CALL_NAMES, FILTERS, HANDLER
 
 _MPROTECT, _RT_SIGACTION, _PRCTL, _SECCOMP = 10, 13, 157, 317
 _PR_SET_NO_NEW_PRIVS = 38
-_SET_MODE_FILTER, _SPEC_ALLOW = 1, 1 << 2
+_SET_MODE_FILTER, _GET_ACTION_AVAIL, _SPEC_ALLOW = 1, 2, 1 << 2
 _PROT_READ, _PROT_EXEC = 1, 4
 _SIGSYS, _ALL_SIGNALS = 31, 0xFFFF_FFFF_FFFF_FFFF
 _SA_SIGINFO, _SA_RESTORER = 0x4, 0x0400_0000
@@ -60,6 +60,7 @@ class Sandbox:
             syscall(_PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         except OSError as error:
             raise HostError.from_os("prctl(PR_SET_NO_NEW_PRIVS)", error, _HINT) from error
+        _check_host()
         self._install_handler(log_fd)
 
     def _install_handler(self, log_fd: int) -> None:
@@ -118,3 +119,14 @@ class Sandbox:
                 code[:4] + _KILLED if code[0] == 0x06 and code[6:] == _TRAP_MARK else code
                 for code in (program[at : at + 8] for at in range(0, len(program), 8)))
         return program
+
+
+def _check_host() -> None:
+    """Find out before the guest runs what every thread would find out by itself. Raises: HostError."""
+    action = bytearray(struct.pack("<I", 0x0003_0000))  # SECCOMP_RET_TRAP
+    address, _anchor = address_of(action)
+    try:
+        syscall(_SECCOMP, _GET_ACTION_AVAIL, 0, address)
+    except OSError as error:
+        if error.errno != _EINVAL:  # a kernel before Linux 4.14, which may have filters nevertheless
+            raise HostError.from_os("this host has no system call filters: seccomp(2)", error, _HINT) from error
