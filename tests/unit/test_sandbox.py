@@ -53,6 +53,7 @@ def test_the_kernel_would_take_the_programs(kind: int) -> None:
     check(tables.FILTERS[kind])
 
 
+@only_x86_64
 def test_the_tables_are_what_their_sources_make() -> None:
     assert generate.can_assemble(), "binutils is missing: lab/setup.sh test"
     text = (SOURCE / "stratovirt" / "sandbox" / "tables.py").read_text(encoding="utf-8")
