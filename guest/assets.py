@@ -88,6 +88,11 @@ def arm64_vsockcat() -> Path:
     return vsockcat.disk(ARM64_COMPILER)
 
 
+def busybox() -> Path:
+    """The busybox that guests of this machine have, which runs on the machine itself, too."""
+    return initramfs.busybox(ARM64 if platform.machine() == "aarch64" else "")
+
+
 X86_64: dict[str, Callable[[], Path]] = {
     "stock-bzimage": stock_bzimage,
     "stock-elf": stock_elf,

@@ -33,6 +33,7 @@ ARM64_PACKAGES = (
     "fio",
     "findutils",
     "grep",
+    "iperf3",
     "iproute2",
     "kmod",
     "libc-bin",

@@ -1,4 +1,4 @@
-"""Runs the test tiers: `tests/tiers.py [unit|kvm|fuzz|readme|lab-x86]`, all of them without an argument.
+"""Runs the test tiers: `tests/tiers.py [unit|kvm|fuzz|readme|lab-x86|lab-arm]`, all of them without an argument.
 
 Checks (lint, types) and pytest runs are told apart in the summary, each skip is named with its reason, and the last line
 alone is "N passed, N failed, N skipped". A check that fails counts as a failure, and so does a tier that should have run
@@ -24,7 +24,7 @@ PYTHON = sys.executable
 sys.path.insert(0, str(ROOT))
 
 # Seconds after which a tier is ended as failed: well above what two slow cores need.
-DEADLINES = {"checks": 600, "unit": 600, "kvm": 900, "fuzz": 900, "readme": 1500, "lab-x86": 3000}
+DEADLINES = {"checks": 600, "unit": 600, "kvm": 900, "fuzz": 900, "readme": 1500, "lab-x86": 3000, "lab-arm": 3000}
 
 
 # A test of real guests ends by its own deadlines long before this.
@@ -142,24 +142,35 @@ def readme(result: Result, folder: Path) -> None:
 
 def lab_x86(result: Result, folder: Path) -> None:
     """Real Linux guests, in one boot of the emulated x86_64 host."""
-    setup = [str(ROOT / "lab" / "setup.sh"), "base", "guest", "lab", "venv"]
+    lab(result, folder, "x86_64", "lab")
+
+
+def lab_arm(result: Result, folder: Path) -> None:
+    """The same suite in the emulated arm64 host."""
+    lab(result, folder, "aarch64", "lab", "lab-arm")
+
+
+def lab(result: Result, folder: Path, arch: str, *groups: str) -> None:
+    """The suite in the lab of one architecture."""
+    tier = result.tier
+    setup = [str(ROOT / "lab" / "setup.sh"), "base", "guest", *groups, "venv"]
     if subprocess.run(setup, cwd=ROOT, check=False).returncode:
-        result.failures.append("lab-x86: the machine cannot be set up")
+        result.failures.append(f"{tier}: the machine cannot be set up")
         return
     from guest import assets
 
-    print("== lab-x86", flush=True)
+    print(f"== {tier}", flush=True)
     # What the guests need is built here: the lab has neither the network nor a cache that lasts.
-    for make in assets.NAMES.values():
+    for make in assets.ASSETS[arch].values():
         make()
-    share = Path(os.environ.get("STRATOVIRT_LAB_SHARE") or folder / "lab")
+    share = Path(os.environ.get("STRATOVIRT_LAB_SHARE") or folder / tier)
     share.mkdir(parents=True, exist_ok=True)
     tests = os.environ.get("STRATOVIRT_LAB_TESTS", "tests/lab")
     progress = share / "progress"
     progress.unlink(missing_ok=True)
-    until = time.monotonic() + DEADLINES["lab-x86"]
+    until = time.monotonic() + DEADLINES[tier]
     seen: Counter[str] = Counter()  # how often the host died in a test
-    status = boot_lab(tests, share, until)
+    status = boot_lab(arch, tests, share, until)
     while status in LAB_DIED and time.monotonic() < until:
         # The emulation has faults of its own: a host that dies is started again, and goes on with the next test. Only a
         # test in which it dies twice has failed.
@@ -167,20 +178,20 @@ def lab_x86(result: Result, folder: Path) -> None:
         seen[current] += 1
         if not current or seen[current] > 1:
             reason = "the lab host died in it twice" if current else "the lab host died before the first test"
-            result.failures.append(f"{current or 'lab-x86'}: {reason}")
+            result.failures.append(f"{current or tier}: {reason}")
             if not current or sum(seen.values()) > MAX_LAB_DEATHS:
                 break
             with open(progress, "a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps({"test": current, "outcome": "host died", "reason": ""}))
         print(f"*** the lab host died in {current}: starting it again ***", flush=True)
-        status = boot_lab(tests, share, until)
+        status = boot_lab(arch, tests, share, until)
     collect_progress(result, progress, status)
-    second_attempt(result, share, until)
+    second_attempt(result, arch, share, until)
     if result.failures and share.is_relative_to(folder):
         print("(STRATOVIRT_LAB_SHARE=dir keeps the consoles of all guests)", flush=True)
 
 
-def second_attempt(result: Result, share: Path, until: float) -> None:
+def second_attempt(result: Result, arch: str, share: Path, until: float) -> None:
     """Run the few tests that failed once more, in a fresh lab host, and say so: the emulation has faults of its own."""
     names = [name for name in result.failures if name.startswith("tests/lab/") and ": " not in name]
     if not names or len(names) != len(result.failures) or len(names) > MAX_SECOND_ATTEMPTS:
@@ -189,7 +200,7 @@ def second_attempt(result: Result, share: Path, until: float) -> None:
     again.mkdir(exist_ok=True)
     (again / "progress").unlink(missing_ok=True)
     print(f"*** failed in the lab, once more: {', '.join(names)} ***", flush=True)
-    boot_lab(" ".join(shlex.quote(name) for name in names), again, until)
+    boot_lab(arch, " ".join(shlex.quote(name) for name in names), again, until)
     passed = {line["test"] for line in read_progress(again / "progress") if line["outcome"] == "passed"}
     passed -= {line["test"] for line in read_progress(again / "progress") if line["outcome"] == "failed"}
     for name in names:
@@ -199,7 +210,7 @@ def second_attempt(result: Result, share: Path, until: float) -> None:
             result.passed += 1
 
 
-def boot_lab(tests: str, share: Path, until: float) -> int:
+def boot_lab(arch: str, tests: str, share: Path, until: float) -> int:
     """One boot of the lab, and in it all tests that have not ended yet; its exit status.
 
     The lab counts as hung when the tests make no progress for longer than any test may take.
@@ -209,7 +220,7 @@ def boot_lab(tests: str, share: Path, until: float) -> int:
     inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short"
     inside += " -o tmp_path_retention_policy=failed"  # its /tmp is memory: what a passed test wrote goes at once
     left = max(1.0, until - time.monotonic())
-    command = [PYTHON, "-m", "lab.run", "--share", str(share), "--deadline", f"{left:.0f}", "--", inside]
+    command = [PYTHON, "-m", "lab.run", "--arch", arch, "--share", str(share), "--deadline", f"{left:.0f}", "--", inside]
     lab = subprocess.Popen(command, cwd=ROOT)
     size, moved = -1, time.monotonic()
     try:
@@ -260,11 +271,11 @@ def collect_progress(result: Result, progress: Path, status: int) -> None:
     result.passed += sum(outcome == "passed" for outcome in outcomes.values())
     result.failures += [name for name, outcome in outcomes.items() if outcome == "failed"]
     if not outcomes and not result.failures:
-        result.failures.append(f"lab-x86: no test ran (exit status of the lab: {status})")
+        result.failures.append(f"{result.tier}: no test ran (exit status of the lab: {status})")
     elif status not in (0, 1, 5) and not result.failures:
-        result.failures.append(f"lab-x86: the tests did not come to their end (exit status of the lab: {status})")
+        result.failures.append(f"{result.tier}: the tests did not come to their end (exit status of the lab: {status})")
     elif status == 1 and not result.failures:
-        result.failures.append("lab-x86: pytest says that something failed")
+        result.failures.append(f"{result.tier}: pytest says that something failed")
 
 
 def run_pytest(result: Result, folder: Path, where: str) -> None:
@@ -299,6 +310,7 @@ TIERS: dict[str, Callable[[Result, Path], None]] = {
     "fuzz": fuzz,
     "readme": readme,
     "lab-x86": lab_x86,
+    "lab-arm": lab_arm,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real Linux guests. They run inside the lab (`make test TIER=lab-x86`), or on a machine whose own KVM can run Linux."""
+"""Real Linux guests. They run inside the lab (`make test TIER=lab-x86`, `TIER=lab-arm`), or where KVM can run Linux itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from guest import assets, initramfs  # noqa: E402
+from exceptions import not_on_this_architecture  # noqa: E402
+from guest import assets  # noqa: E402
 from linux_guest import DEADLINE, KERNELS, Guest  # noqa: E402
 from networks import HOST, run  # noqa: E402
 
@@ -30,6 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in mine:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="a long test: `make test LONG=1` runs it"))
+    for item in mine:
+        reason = not_on_this_architecture(item)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
     if not os.environ.get("STRATOVIRT_LAB"):
         from lab.microvm import can_run_linux
 
@@ -113,7 +118,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def disk(tmp_path: Path) -> Path:
     """A fresh copy of the root disk."""
     copy = tmp_path / "disk.img"
-    shutil.copyfile(initramfs.root_disk(), copy)
+    shutil.copyfile(assets.NAMES["root-disk"](), copy)
     return copy
 
 

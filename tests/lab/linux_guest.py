@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -17,15 +18,25 @@ from stratovirt.cli import guest_console
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# form of kernel: (asset of the kernel, asset of the initramfs)
-KERNELS = {
+# form of kernel: (asset of the kernel, asset of the initramfs). On arm64 there is one form only, the Image: of the stock
+# kernel, and of the small one.
+_X86_64 = {
     "stock-bzimage": ("stock-bzimage", "stock-initramfs"),
     "stock-elf": ("stock-elf", "stock-initramfs"),
     "small-elf": ("microvm-elf", "microvm-initramfs"),
     "small-bzimage": ("microvm-bzimage", "microvm-initramfs"),
     "small-flat": ("microvm-flat", "microvm-initramfs"),
 }
-KERNEL_LINE = "console=ttyS0 reboot=k panic=-1 mitigations=off"
+_AARCH64 = {
+    "stock-elf": ("stock-image", "stock-initramfs"),
+    "stock-gzip": ("stock-image-gz", "stock-initramfs"),
+    "small-elf": ("microvm-image", "microvm-initramfs"),
+    "small-64k-pages": ("microvm-image-64k", "microvm-initramfs"),
+}
+ARM64 = platform.machine() == "aarch64"
+KERNELS = _AARCH64 if ARM64 else _X86_64
+SERIAL = "ttyAMA0" if ARM64 else "ttyS0"
+KERNEL_LINE = f"console={SERIAL} reboot=k panic=-1 mitigations=off"
 # Seconds. A boot takes 3 to 8 in the lab; the deadline only has to end a hang.
 DEADLINE = 120.0
 

@@ -52,7 +52,7 @@ def fio_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FIO_TOOL = (
     "modprobe ext4\nmount -t ext4 -o ro /dev/{} /mnt || exit 9\n"
-    "/mnt/ld-linux-x86-64.so.2 --library-path /mnt /mnt/fio --thread "
+    "/mnt/ld-linux-*.so.* --library-path /mnt /mnt/fio --thread "
 )
 
 
@@ -135,7 +135,7 @@ def test_a_full_host_file_system_gives_io_errors_and_the_machine_lives(
     load = """
     dd if=/dev/zero bs=64k count=1024 2>/dev/null | tr '\\0' x | dd of=/dev/vda bs=64k iflag=fullblock oflag=direct 2>/tmp/e
     echo first $?; grep -c 'nput/output error' /tmp/e
-    read answer </dev/ttyS0
+    read answer </dev/console
     dd if=/dev/zero bs=64k count=16 2>/dev/null | tr '\\0' y >/tmp/y
     dd if=/tmp/y of=/dev/vda bs=64k seek=960 oflag=direct 2>/dev/null; echo second $?
     dd if=/dev/vda bs=64k skip=960 count=16 iflag=direct 2>/dev/null | tr -d y | wc -c
@@ -225,7 +225,7 @@ def test_stop_and_reset_in_the_middle_of_requests(
 
 def test_two_machines_do_not_write_one_image(boot: Callable[..., Guest], tmp_path: Path) -> None:
     image = make_image(tmp_path / "image", MEBIBYTE)
-    first = boot("small-elf", "echo up; read answer </dev/ttyS0", extra=drive(image, ",direct=off"))
+    first = boot("small-elf", "echo up; read answer </dev/console", extra=drive(image, ",direct=off"))
     first.wait_for(b"up\n", stream=first.stdout)
     for more in (",direct=off", ",direct=off,readonly=on"):
         second = boot("small-elf", "echo up", extra=drive(image, more))

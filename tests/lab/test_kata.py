@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from guest import initramfs
+from guest import assets
 from linux_guest import DEADLINE
 
 from kata import Sandbox, open_tap
@@ -142,7 +142,7 @@ def test_a_pod_with_three_volumes(
     cid = random.randrange(1 << 31, (1 << 32) - 1)
     vsock = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
     fcntl.ioctl(vsock, VSOCK_SET_GUEST_CID, cid.to_bytes(8, "little"))
-    image = partitioned(initramfs.root_disk(), tmp_path / "kata-containers.img", kernels("vsockcat"))
+    image = partitioned(assets.NAMES["root-disk"](), tmp_path / "kata-containers.img", kernels("vsockcat"))
     words = f"init=/init {guest_console.kernel_words('', 'reboot')}"
     sandbox = Sandbox(tmp_path / "vm", [str(Path(sys.executable).parent / "stratovirt")], kernels("microvm-bzimage"),
                       image=image, words=words, smp=2, memory=512, debug=True, vsock=(vsock, cid),

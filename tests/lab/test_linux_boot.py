@@ -7,17 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from linux_guest import Guest
+from linux_guest import SERIAL, Guest
 
-LOOK = """
+LOOK = f"""
 echo processors $(nproc) $(grep -c ^processor /proc/cpuinfo)
 for device in /sys/bus/virtio/devices/*; do echo device $(cat $device/device); done
 echo disks $(ls -d /sys/class/block/vd*)
 echo mark $(head -c 15 /dev/vda)
 echo random $(cat /sys/class/misc/hw_random/rng_current) $(head -c 64 /dev/hwrng | wc -c)
-echo serial $(grep -c 'ttyS0' /proc/consoles)
+echo serial $(grep -c {SERIAL} /proc/consoles)
 echo lines $(grep -c virtio /proc/interrupts)
-echo input $(ls /sys/class/tty | grep -c '^ttyS[0-9]')
+echo input $(ls /sys/class/tty | grep -c '^{SERIAL[:-1]}[0-9]')
 """
 
 
@@ -33,6 +33,16 @@ def test_boots_to_init_and_sees_its_devices(boot: Callable[..., Guest], disk: Pa
     assert "mark stratovirt disk" in lines
     assert "random virtio_rng.0 64" in lines
     assert "serial 1" in lines
+
+
+@pytest.mark.parametrize("kernel", ["stock-gzip", "small-64k-pages"])
+def test_an_image_in_every_form(boot: Callable[..., Guest], disk: Path, kernel: str) -> None:
+    """Packed with gzip, and with pages of 64 KiB."""
+    status, output = boot(kernel, LOOK + "getconf PAGESIZE 2>/dev/null || grep -m1 KernelPageSize /proc/self/smaps\n", smp=2,
+                          disk=disk).finish()
+    assert status == 0
+    assert "processors 2 2" in output.splitlines() and "mark stratovirt disk" in output.splitlines()
+    assert f"KernelPageSize: {64 if '64k' in kernel else 4} kB" in " ".join(output.split())
 
 
 @pytest.mark.parametrize("kernel", ["small-bzimage", "small-flat"])

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-from guest import initramfs
+from guest import assets
 from linux_guest import Guest
 from networks import (
     AMOUNT,
@@ -52,8 +52,8 @@ def test_ping_and_tcp_both_ways(
     guest.wait_for(b"ready\n", stream=guest.stdout, seconds=600)
     for server in (seed, to_host, to_guest):
         server.finish()
-    run(str(initramfs.busybox()), "ping", "-c", "3", "-q", GUEST)
-    run(str(initramfs.busybox()), "ping", "-c", "3", "-q", "-s", "1400", GUEST)
+    run(str(assets.busybox()), "ping", "-c", "3", "-q", GUEST)
+    run(str(assets.busybox()), "ping", "-c", "3", "-q", "-s", "1400", GUEST)
     expected = checksum()
     lines = guest.stdout.decode().splitlines()
     assert lines[:3] == ["52:54:00:ab:cd:ef", "ping 0", "sent 0"]

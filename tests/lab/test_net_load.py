@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from guest import initramfs
+from guest import assets
 from linux_guest import Guest
 from networks import CONFIGURE, GUEST, HOST, Iperf, complaints, network, run
 
@@ -38,7 +38,7 @@ def test_ping_and_iperf_both_ways(boot: Callable[..., Guest], make_tap: Callable
     guest = boot("small-elf", command, smp=pairs, memory=384, programs=("iperf3",),
                  extra=network(tap, *more, keys=device, netdev_keys=netdev))
     guest.wait_for(b"ready\n", stream=guest.stdout)
-    run(str(initramfs.busybox()), "ping", "-c", "3", "-q", GUEST)
+    run(str(assets.busybox()), "ping", "-c", "3", "-q", GUEST)
     assert guest.stdout.decode().splitlines()[1:5] == ["ping 0", "up 0", "down 0", "ping 0"]
     for test, word in ((up, "sum_received"), (down, "sum_sent")):
         assert test.finish()[word]["bytes"] > 1 << 20
