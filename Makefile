@@ -15,17 +15,17 @@ unexport CMD
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make run [CMD='…']               a microVM: a shell in it, or one command's output"
+	@echo "make run [CMD='…'] [ARCH=aarch64] a microVM: a shell in it, or one command's output"
 	@echo "make lab [CMD='…'] [ARCH=aarch64] [SHARE=dir] [ICOUNT=1] [DEADLINE=seconds]"
 	@echo "                                the emulated host, x86_64 or arm64: a shell in it, or one command's output"
-	@echo "make test [TIER=unit|kvm|fuzz|readme|lab-x86] [LONG=1]"
+	@echo "make test [TIER=unit|kvm|fuzz|readme|lab-x86|lab-arm] [LONG=1]"
 	@echo "                                checks and tests; all tiers, or one; LONG=1: the long ones, too"
 	@echo "make bench [BENCH=name]          side-by-side measurements, as JSON lines"
 	@echo "make setup                       packages, .venv and guest assets, without running anything"
 	@echo "make clean-cache                 remove built kernels, images and downloads"
 
 run:
-	@lab/stratovirt-run
+	@ARCH='$(ARCH)' lab/stratovirt-run
 
 lab:
 	@ARCH='$(ARCH)' SHARE='$(SHARE)' ICOUNT='$(ICOUNT)' DEADLINE='$(DEADLINE)' lab/lab

@@ -1,6 +1,6 @@
 """`make run`: starts a microVM and runs a command in it, or a shell; in the lab when this machine's KVM cannot run Linux.
 
-    python -m lab.microvm [--here | --in-lab] [--vmm stratovirt|qemu] [COMMAND]
+    python -m lab.microvm [--arch aarch64] [--here | --in-lab] [--vmm stratovirt|qemu] [COMMAND]
 
 The guest is Debian's cloud kernel with an initramfs of busybox; its root disk's copy is /dev/vda. The command's output
 passes through exactly and the exit status is the command's; 125 means that the microVM failed.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import platform
 import select
 import shlex
 import shutil
@@ -22,7 +23,7 @@ import tty
 from collections.abc import Iterator
 from pathlib import Path
 
-from guest import assets, cache, initramfs
+from guest import assets, cache
 
 TREE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TREE / "src"))
@@ -32,7 +33,12 @@ from stratovirt.errors import GuestError  # noqa: E402
 
 EXIT_FAILED = 125
 # A stock kernel looks for an i8042 and a CMOS clock for seconds where there are none; ours are there, QEMU's are not.
-KERNEL_LINE = "console=ttyS0 reboot=t panic=-1 quiet loglevel=1 mitigations=off"
+KERNEL_LINE = "reboot=t panic=-1 quiet loglevel=1 mitigations=off"
+CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
+KERNELS = {
+    "x86_64": ("stock-elf", "stock-bzimage", "microvm-elf", "microvm-bzimage"),
+    "aarch64": ("stock-image", "stock-image-gz", "microvm-image"),
+}
 QEMU_LINE = " i8042.noaux i8042.nokbd initcall_blacklist=cmos_init"
 
 
@@ -42,18 +48,23 @@ def main(arguments: list[str]) -> int:
     where.add_argument("--here", action="store_true", help="on this machine's own KVM, whatever the probe says")
     where.add_argument("--in-lab", action="store_true", help="in the lab, whatever the probe says")
     parser.add_argument("--vmm", choices=("stratovirt", "qemu"), default="stratovirt")
-    parser.add_argument(
-        "--kernel", choices=("stock-elf", "stock-bzimage", "microvm-elf", "microvm-bzimage"), default="stock-elf"
-    )
+    own = platform.machine() if platform.machine() in KERNELS else "x86_64"
+    parser.add_argument("--arch", choices=tuple(KERNELS), default=own, help=f"of host and guest (default {own})")
+    parser.add_argument("--kernel", choices=sorted({name for names in KERNELS.values() for name in names}))
     parser.add_argument("--smp", type=int, default=1)
     parser.add_argument("--memory", type=int, default=256, help="MiB")
     parser.add_argument("command", nargs="?", default="")
     options = parser.parse_args(arguments)
+    options.kernel = options.kernel or KERNELS[options.arch][0]
+    if options.kernel not in KERNELS[options.arch]:
+        parser.error(f"{options.kernel} is no kernel for {options.arch}; there are: {', '.join(KERNELS[options.arch])}")
+    if options.arch == "aarch64" and options.vmm == "qemu":
+        parser.error("--vmm qemu is for x86_64: the arm64 host has no QEMU")
     if not options.command and not sys.stdin.isatty():
         from lab.script import standard_input
 
         options.command = standard_input("run")
-    if options.in_lab or not (options.here or can_run_linux()):
+    if options.in_lab or not (options.here or (options.arch == platform.machine() and can_run_linux())):
         return _in_lab(options)
     with tempfile.TemporaryDirectory(prefix="stratovirt-run-") as folder:
         work = Path(folder)
@@ -78,11 +89,12 @@ def can_run_linux() -> bool:
 def command_line(options: argparse.Namespace, work: Path) -> list[str]:
     """The VMM's command line; the disk is a copy in `work`, so that every guest gets it fresh."""
     small = options.kernel.startswith("microvm")
-    kernel = assets.NAMES[options.kernel]()
-    ram_disk = initramfs.small() if small else assets.stock_initramfs()
+    made = assets.ASSETS[options.arch]
+    kernel = made[options.kernel]()
+    ram_disk = made["microvm-initramfs" if small else "stock-initramfs"]()
     disk = work / "disk.img"
-    subprocess.run(["cp", "--sparse=always", str(initramfs.root_disk()), str(disk)], check=True)
-    words = KERNEL_LINE
+    subprocess.run(["cp", "--sparse=always", str(made["root-disk"]()), str(disk)], check=True)
+    words = f"console={CONSOLES[options.arch]} {KERNEL_LINE}"
     if options.command:
         words += " " + guest_console.kernel_words(options.command)
         if not guest_console.fits_inline(options.command):
@@ -135,20 +147,23 @@ def run(line: list[str], command: str) -> int:
 def _in_lab(options: argparse.Namespace) -> int:
     from lab import run as lab_run
 
-    reason = (
-        "as asked" if options.in_lab else "this machine's KVM cannot run Linux" if os.path.exists("/dev/kvm") else "no /dev/kvm"
-    )
+    if options.in_lab:
+        reason = "as asked"
+    elif options.arch != platform.machine():
+        reason = f"this machine is {platform.machine()}"
+    else:
+        reason = "this machine's KVM cannot run Linux" if os.path.exists("/dev/kvm") else "no /dev/kvm"
     cache.say(f"starting the microVM in the emulated host ({reason})")
     # Whatever needs building is built here: the lab has no network, and its cache is a copy that ends with it.
-    assets.NAMES[options.kernel]()
-    assets.stock_initramfs(), initramfs.small(), initramfs.root_disk()
-    words = ["/usr/bin/env", f"{TREE}/.venv/bin/python", "-m", "lab.microvm", "--here", "--vmm", options.vmm]
-    words += ["--kernel", options.kernel, "--smp", str(options.smp), "--memory", str(options.memory)]
+    for name in (options.kernel, "stock-initramfs", "microvm-initramfs", "root-disk"):
+        assets.ASSETS[options.arch][name]()
+    words = ["/usr/bin/env", f"{TREE}/.venv/bin/python", "-m", "lab.microvm", "--arch", options.arch, "--here"]
+    words += ["--vmm", options.vmm, "--kernel", options.kernel, "--smp", str(options.smp), "--memory", str(options.memory)]
     if options.command:
         words += ["--", options.command]
     if options.command:
-        return lab_run.run("exec " + shlex.join(words), deadline=3600)
-    return lab_run.run("exec " + shlex.join(words), deadline=86400, terminal=True)
+        return lab_run.run("exec " + shlex.join(words), deadline=3600, arch=options.arch)
+    return lab_run.run("exec " + shlex.join(words), deadline=86400, terminal=True, arch=options.arch)
 
 
 def _writer(descriptor: int) -> guest_console.Sink:
