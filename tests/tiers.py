@@ -217,7 +217,8 @@ def boot_lab(arch: str, tests: str, share: Path, until: float) -> int:
     """
     progress = share / "progress"
     long = "STRATOVIRT_LAB_LONG=1 " if os.environ.get("LONG") else ""
-    inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short -p no:hypothesispytest"
+    inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short"
+    inside += " -p no:hypothesispytest"  # no property tests here, and it is a compiled module of this machine's architecture
     inside += " -o tmp_path_retention_policy=failed"  # its /tmp is memory: what a passed test wrote goes at once
     left = max(1.0, until - time.monotonic())
     command = [PYTHON, "-m", "lab.run", "--arch", arch, "--share", str(share), "--deadline", f"{left:.0f}", "--", inside]

@@ -98,7 +98,7 @@ def test_qmp_answers_under_load_of_disk_and_network(
         *("-device", f"virtio-blk-device,id=disk,drive=d{keys}"),
         *("-netdev", f"tap,id=n,ifname={TAP}", "-device", f"virtio-net-device,id=net,netdev=n{keys}"),
     )
-    guest = boot("small-elf", f"{DISK_LOAD}{NET_LOAD}echo loaded; cat >/dev/null </dev/ttyS0", smp=1, qmp=True, extra=extra)
+    guest = boot("small-elf", f"{DISK_LOAD}{NET_LOAD}echo loaded; cat >/dev/null </dev/console", smp=1, qmp=True, extra=extra)
     guest.wait_for(b"loaded\n", stream=guest.stdout)
     until = time.monotonic() + DEADLINE
     while sink.received < MEBIBYTE:

@@ -90,10 +90,20 @@ def test_no_kvm_to_use(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "riscv64")
     (check,), able = doctor.examine_kvm()
     assert not able
-    assert check.finding == "aarch64"
+    assert check.finding == "riscv64" and "aarch64 guests on aarch64 hosts" in check.advice
+
+
+def test_arm64_has_its_own_needs_and_its_own_probe(kvm: FakeKvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stratovirt.machine.aarch64 import probe as arm64_probe
+
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(arm64_probe, "probe", lambda system: probe.Verdict(False, "no EL2"))
+    checks, able = doctor.examine_kvm()
+    assert not able and "no EL2" in checks[-1].finding and "EL2" in checks[-1].advice
+    assert len(arm64_probe.PROGRAM) == 16 and arm64_probe.PROGRAM[8:12] == bytes.fromhex("020000d4")  # hvc #0
 
 
 def test_json(kvm: FakeKvm, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,18 +11,28 @@ from pathlib import Path
 
 from stratovirt.errors import HostError
 from stratovirt.hypervisor.kvm import _uapi as uapi
+from stratovirt.hypervisor.kvm._uapi_arm64 import KVM_CAP_ARM_PSCI_0_2
 from stratovirt.hypervisor.kvm.system import DEVICE_PATH, KvmSystem
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _MARKS = {OK: "ok     ", WARNING: "warning", PROBLEM: "PROBLEM"}
 
+ARCHITECTURES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 CAPABILITIES = {
     "interrupt controller in the kernel": uapi.KVM_CAP_IRQCHIP,
-    "timer in the kernel": uapi.KVM_CAP_PIT2,
     "guest memory from user space": uapi.KVM_CAP_USER_MEMORY,
     "irqfd": uapi.KVM_CAP_IRQFD,
     "ioeventfd": uapi.KVM_CAP_IOEVENTFD,
     "immediate exit": uapi.KVM_CAP_IMMEDIATE_EXIT,
+}
+_ONLY_ON = {
+    "x86_64": {"timer in the kernel": uapi.KVM_CAP_PIT2},
+    "aarch64": {"power states (PSCI) in the kernel": KVM_CAP_ARM_PSCI_0_2},
+}
+_REMEDIES = {
+    "x86_64": "enable the processor's virtualization (VT-x, AMD-V) in the firmware or, in a virtual machine, ask for "
+              "nested virtualization; tiny guests run, and `make run` uses an emulated host",
+    "aarch64": "boot the host's kernel at EL2, and look for messages of kvm in the kernel log (dmesg)",
 }
 
 
@@ -68,8 +78,10 @@ def examine() -> tuple[list[Check], bool]:
 
 def examine_kvm() -> tuple[list[Check], bool]:
     """The checks on /dev/kvm, and whether Linux guests can run."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return [Check("processor", PROBLEM, platform.machine(), "this version runs x86_64 guests on x86_64 hosts")], False
+    architecture = ARCHITECTURES.get(platform.machine())
+    if architecture is None:
+        return [Check("processor", PROBLEM, platform.machine(),
+                      "x86_64 guests run on x86_64 hosts, and aarch64 guests on aarch64 hosts")], False
     try:
         system = KvmSystem()
     except HostError as error:
@@ -77,30 +89,33 @@ def examine_kvm() -> tuple[list[Check], bool]:
                       error.hint or "use a machine with KVM")], False
     try:
         checks = [Check(DEVICE_PATH, OK, f"API version {uapi.API_VERSION}, opened for reading and writing")]
-        missing = [name for name, number in CAPABILITIES.items() if system.check_extension(number) <= 0]
+        wanted = {**CAPABILITIES, **_ONLY_ON[architecture]}
+        missing = [name for name, number in wanted.items() if system.check_extension(number) <= 0]
         limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
         if missing:
             checks.append(Check("KVM capabilities", PROBLEM, "missing: " + ", ".join(missing), "use a newer host kernel"))
         else:
             checks.append(Check("KVM capabilities", OK, f"all that are needed; up to {limit} vCPUs"))
-        probe = _probe(system)
+        probe = _probe(system, architecture)
         return [*checks, probe], not missing and probe.status == OK
     finally:
         system.close()
 
 
-def _probe(system: KvmSystem) -> Check:
-    from stratovirt.machine.probe import probe
+def _probe(system: KvmSystem, architecture: str) -> Check:
+    if architecture == "aarch64":
+        from stratovirt.machine.aarch64.probe import probe
+    else:
+        from stratovirt.machine.probe import probe
 
     try:
         verdict = probe(system)
     except HostError as error:
         return Check("probe guest", PROBLEM, str(error), "look for messages of kvm in the kernel log (dmesg)")
     if verdict.can_run_linux:
-        return Check("probe guest", OK, f"can run Linux: {verdict.reason}")
+        return Check("probe guest", OK, f"can run Linux for {architecture}: {verdict.reason}")
     return Check("probe guest", PROBLEM, f"cannot run Linux: {verdict.reason}",
-                 "enable the processor's virtualization (VT-x, AMD-V) in the firmware or, in a virtual machine, ask for "
-                 "nested virtualization; tiny guests run, and `make run` uses an emulated host")
+                 _REMEDIES[architecture])
 
 
 def _device(path: str, purpose: str, remedy: str) -> Check:
