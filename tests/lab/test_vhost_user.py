@@ -237,7 +237,7 @@ def test_a_disk_whose_back_end_is_killed_has_errors_and_comes_back(
     started = time.monotonic()
     assert guest.execute("query-status")["running"]
     assert time.monotonic() - started < 5
-    assert guest.stdout.decode().count("writer ended") == 8
+    guest.wait_for(b"writer ended\n", stream=guest.stdout, count=8)
     backend(socket, *storage_daemon(socket, image))
     status, output = guest.finish()
     assert status == 0 and output.endswith("status 0\n")
