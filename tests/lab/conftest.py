@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from backends import backend, place  # noqa: E402, F401
 from exceptions import not_on_this_architecture  # noqa: E402
 from guest import assets  # noqa: E402
 from linux_guest import DEADLINE, KERNELS, Guest  # noqa: E402

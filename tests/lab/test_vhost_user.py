@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from linux_guest import DEADLINE, Guest
+from backends import Backend
+from linux_guest import Guest
 
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 STORAGE_DAEMON = "/usr/bin/qemu-storage-daemon"
@@ -23,35 +23,9 @@ needs_storage_daemon = pytest.mark.skipif(
     not os.path.exists(STORAGE_DAEMON), reason="no qemu-storage-daemon: Debian's qemu-system-common"
 )
 
-Backend = subprocess.Popen[bytes]
-
-
-@pytest.fixture
-def backend() -> Iterator[Callable[..., Backend]]:
-    """Starts a back end and waits for its socket: `backend(socket, *command)`. What still runs after the test is killed."""
-    running: list[Backend] = []
-
-    def start(socket: Path, *command: str) -> Backend:
-        socket.unlink(missing_ok=True)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        running.append(process)
-        until = time.monotonic() + DEADLINE
-        while not socket.exists():
-            if process.poll() is not None or time.monotonic() > until:
-                process.kill()
-                raise AssertionError(f"{command[0]} does not listen: {process.communicate()[1].decode()[-1000:]}")
-            time.sleep(0.05)
-        return process
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
-
-
-def virtiofsd(socket: Path, folder: Path) -> tuple[str, ...]:
+def virtiofsd(socket: Path, place: Path) -> tuple[str, ...]:
     # The lab's file system is entered with chroot, where the default, a mount namespace with its root replaced, is refused.
-    return VIRTIOFSD, f"--socket-path={socket}", "-o", f"source={folder},sandbox=chroot,cache=auto"
+    return VIRTIOFSD, f"--socket-path={socket}", "-o", f"source={place},sandbox=chroot,cache=auto"
 
 
 def fs_device(socket: Path) -> tuple[str, ...]:
@@ -75,24 +49,15 @@ def blk_device(socket: Path, more: str = "", chardev: str = "") -> tuple[str, ..
 # -- virtio-fs
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Of the host, for a guest; a short way from the root, as sockets lie beside it."""
-    path = Path(f"/tmp/vhost-user-{os.getpid()}")
-    path.mkdir()
-    yield path
-    shutil.rmtree(path)
-
-
-def fill(folder: Path, directories: int, files: int) -> str:
+def fill(place: Path, directories: int, files: int) -> str:
     """So many directories with so many files each, all of different content; the digest of `md5sum`'s sorted output."""
     lines = []
     for directory in range(directories):
-        (folder / f"d{directory:03}").mkdir(parents=True)
+        (place / f"d{directory:03}").mkdir(parents=True)
         for file in range(files):
             name = f"d{directory:03}/f{file:03}"
             content = hashlib.sha512(name.encode()).digest() * (1 + (directory * files + file) % 97)
-            (folder / name).write_bytes(content)
+            (place / name).write_bytes(content)
             lines.append(f"{hashlib.md5(content).hexdigest()}  ./{name}\n")
     return hashlib.md5("".join(lines).encode()).hexdigest()
 
@@ -104,9 +69,9 @@ CHECK = "find . -type f | sort | xargs md5sum | md5sum;"
 @needs_virtiofsd
 @pytest.mark.parametrize(("kernel", "smp"), [("small-elf", 1), pytest.param("stock-elf", 2, marks=pytest.mark.long)])
 def test_10000_files_of_the_host_are_in_the_guest(
-    boot: Callable[..., Guest], backend: Callable[..., Backend], folder: Path, kernel: str, smp: int
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path, kernel: str, smp: int
 ) -> None:
-    shared, socket = folder / "shared", folder / "socket"
+    shared, socket = place / "shared", place / "socket"
     digest = fill(shared, 100, 100)
     backend(socket, *virtiofsd(socket, shared))
     guest = boot(
@@ -125,9 +90,9 @@ def test_10000_files_of_the_host_are_in_the_guest(
 
 @needs_virtiofsd
 def test_a_directory_is_shared_again_after_a_reset(
-    boot: Callable[..., Guest], backend: Callable[..., Backend], folder: Path
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path
 ) -> None:
-    shared, socket = folder / "shared", folder / "socket"
+    shared, socket = place / "shared", place / "socket"
     digest = fill(shared, 2, 10)
     backend(socket, *virtiofsd(socket, shared))
     guest = boot("small-elf", f"{MOUNT} {CHECK} echo up >&2; read -r word <go; echo $word", shared=True, qmp=True,
@@ -144,9 +109,9 @@ def test_a_directory_is_shared_again_after_a_reset(
 
 @needs_virtiofsd
 def test_programs_in_the_guest_get_errors_when_virtiofsd_dies(
-    boot: Callable[..., Guest], backend: Callable[..., Backend], folder: Path
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path
 ) -> None:
-    shared, socket = folder / "shared", folder / "socket"
+    shared, socket = place / "shared", place / "socket"
     fill(shared, 2, 10)
     process = backend(socket, *virtiofsd(socket, shared))
     guest = boot("small-elf", f"{MOUNT} echo up >&2; while cat d000/* d001/* >/dev/null; do :; done; ls .; echo ls $?",
@@ -180,9 +145,9 @@ def pattern(blocks: int = 64) -> bytes:
 @needs_storage_daemon
 @pytest.mark.parametrize(("kernel", "smp"), [("small-elf", 1), ("stock-elf", 2)])
 def test_what_the_guest_writes_is_in_the_image(
-    boot: Callable[..., Guest], backend: Callable[..., Backend], folder: Path, kernel: str, smp: int
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path, kernel: str, smp: int
 ) -> None:
-    image, socket = folder / "image", folder / "socket"
+    image, socket = place / "image", place / "socket"
     image.write_bytes(bytes(64 * MEBIBYTE))
     backend(socket, *storage_daemon(socket, image, smp))
     command = f"{WRITE} echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/vda; ls /sys/block/vda/mq | wc -l"
@@ -193,8 +158,8 @@ def test_what_the_guest_writes_is_in_the_image(
 
 
 @needs_storage_daemon
-def test_a_disk_is_there_again_after_a_reset(boot: Callable[..., Guest], backend: Callable[..., Backend], folder: Path) -> None:
-    image, socket = folder / "image", folder / "socket"
+def test_a_disk_is_there_again_after_a_reset(boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path) -> None:
+    image, socket = place / "image", place / "socket"
     image.write_bytes(pattern())
     backend(socket, *storage_daemon(socket, image))
     guest = boot("small-elf", "md5sum </dev/vda; echo up >&2; cat /dev/vda >/dev/null; sleep 1000", shared=True, qmp=True,
@@ -210,10 +175,10 @@ def test_a_disk_is_there_again_after_a_reset(boot: Callable[..., Guest], backend
 
 @needs_storage_daemon
 def test_a_disk_whose_back_end_is_killed_has_errors_and_comes_back(
-    boot: Callable[..., Guest], backend: Callable[..., Backend], folder: Path
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path
 ) -> None:
     """Eight writers are at it when it dies, and every one of them ends with an error: none waits for ever."""
-    image, socket = folder / "image", folder / "socket"
+    image, socket = place / "image", place / "socket"
     image.write_bytes(bytes(64 * MEBIBYTE))
     process = backend(socket, *storage_daemon(socket, image))
     command = """
@@ -249,9 +214,9 @@ def test_a_disk_whose_back_end_is_killed_has_errors_and_comes_back(
 
 @needs_storage_daemon
 def test_a_paused_machine_leaves_its_disk_alone(
-    boot: Callable[..., Guest], backend: Callable[..., Backend], folder: Path
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path
 ) -> None:
-    image, socket = folder / "image", folder / "socket"
+    image, socket = place / "image", place / "socket"
     image.write_bytes(bytes(64 * MEBIBYTE))
     backend(socket, *storage_daemon(socket, image))
     guest = boot("small-elf", f"echo up >&2; {WRITE} md5sum </dev/vda", shared=True, qmp=True, extra=blk_device(socket))

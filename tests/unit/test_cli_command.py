@@ -281,7 +281,6 @@ NOT_YET = [
     ("-machine q35", "-machine", "q35"),
     ("-machine none,accel=kvm:tcg", "-machine", "none"),
     ("-incoming file:/snapshot", "-incoming", "file:/snapshot"),
-    ("-netdev vhost-user,id=n,chardev=c", "-netdev vhost-user", "id=n,chardev=c"),
     ("-device virtio-balloon-device,id=b,auto-balloon=true", "-device virtio-balloon-device,auto-balloon", "true"),
     ("-device usb-kbd,id=k", "-device usb-kbd", "id=k"),
     ("-drive id=d,file=f,format=qcow2", "-drive format", "qcow2"),

@@ -17,7 +17,8 @@ GROUPS: dict[str, list[Group]] = {
     "drive": [options.DRIVE], "qmp": [options.QMP], "mon": [options.MON], "action": [options.ACTION],
     "chardev": list(options.CHARDEVS.values()), "serial": list(options.SERIALS.values()),
     "object": [*options.OBJECTS.values(), *later.OBJECTS.values()],
-    "device": [*options.DEVICES.values(), *later.DEVICES.values()], "netdev": list(later.NETDEVS.values()),
+    "device": [*options.DEVICES.values(), *later.DEVICES.values()],
+    "netdev": [*options.NETDEVS.values(), *later.NETDEVS.values()],
 }
 # What a process can be given: any bytes but NUL; what is not UTF-8 arrives as surrogates.
 WORDS = st.text(st.characters(exclude_characters="\0"), max_size=12) | st.sampled_from(

@@ -18,6 +18,7 @@ from stratovirt.vhost.user import BackendError, BackendSocket
 from stratovirt.virtio.lost import outstanding
 from stratovirt.virtio.vhost_user_blk import VhostUserBlk
 from stratovirt.virtio.vhost_user_fs import VhostUserFs
+from stratovirt.virtio.vhost_user_net import VhostUserNet
 from unit import vhost_user_backend as wire
 from unit.test_virtio_conformance import check_virtio_device
 from unit.vhost_user_backend import FakeBackend, Peer, VhostUserDriver, shared_memory
@@ -39,6 +40,8 @@ from unit.virtio_driver import (
 IOERR = 1
 CAPACITY = 2048
 MQ = 1 << 12
+MAC = bytes.fromhex("525400123456")
+NET_MQ, MRG_RXBUF, CSUM, CTRL_VQ = 1 << 22, 1 << 15, 1 << 0, 1 << 17
 
 
 def blk_config(capacity: int = CAPACITY) -> bytes:
@@ -61,6 +64,10 @@ class Bench:
 
     def fs(self, tag: bytes = b"shared") -> VhostUserDriver:
         return self._keep(VhostUserDriver(self.backend, lambda socket, loop, report: VhostUserFs(socket, tag, loop, report)))
+
+    def net(self, pairs: int = 1) -> VhostUserDriver:
+        return self._keep(VhostUserDriver(
+            self.backend, lambda socket, loop, report: VhostUserNet(socket, pairs, MAC, loop, 256, report)))
 
     def _keep(self, driver: VhostUserDriver) -> VhostUserDriver:
         self.drivers.append(driver)
@@ -96,9 +103,11 @@ def status_of(driver: VhostUserDriver, number: int = 0) -> int:
 # -- the normal case
 
 
-@pytest.mark.parametrize("kind", ["blk", "fs"])
+@pytest.mark.parametrize("kind", ["blk", "fs", "net", "net-pairs"])
 def test_every_device_conforms(bench: Bench, kind: str) -> None:
     def make() -> Driver:
+        if kind.startswith("net"):
+            return bench.net(1 if kind == "net" else 3)
         return bench.blk() if kind == "blk" else bench.fs()
 
     check_virtio_device(make)
@@ -197,11 +206,11 @@ def test_a_pause_stops_the_rings_and_they_go_on_where_they_were(bench: Bench) ->
     assert driver.queues[0].collect() == [(late, 0)]
 
 
-def test_a_back_end_without_acknowledgements_and_queues_of_its_own_number(bench: Bench) -> None:
+def test_a_back_end_without_acknowledgements(bench: Bench) -> None:
     bench.backend.protocol = wire.CONFIG
-    driver = bench.blk(queues=2)
+    driver = bench.blk()
     driver.start()
-    driver.wait_until(lambda: len(bench.backend.peer.rings) == 2 and bench.backend.peer.rings[1].enabled)
+    driver.wait_until(lambda: len(bench.backend.peer.rings) == 1 and bench.backend.peer.rings[0].enabled)
     assert driver.reported == []
 
 
@@ -214,6 +223,7 @@ def test_a_back_end_without_acknowledgements_and_queues_of_its_own_number(bench:
     ({"features": VERSION_1}, "lacks VHOST_USER_PROTOCOL_F_CONFIG"),
     ({"queues": 1}, "lacks 2 queues: it has 1"),
     ({"queues": 0}, "lacks 2 queues: it has 0"),
+    ({"protocol": wire.CONFIG}, "lacks 2 queues: it has 1"),
 ])
 def test_a_back_end_that_lacks_something(bench: Bench, change: dict[str, int], message: str) -> None:
     for name, value in change.items():
@@ -530,6 +540,108 @@ def test_it_dies_before_there_is_a_driver(bench: Bench) -> None:
     assert driver.queues[0].collect() == [(head, 513)]
 
 
+# -- a network interface
+
+
+def command(driver: VhostUserDriver, queue: int, data: bytes) -> int:
+    """One command through the control queue: its ack."""
+    driver.memory.write(DATA + 0x8000, data + b"\xff")
+    driver.queues[queue].add([(DATA + 0x8000, len(data), False), (DATA + 0x8000 + len(data), 1, True)])
+    driver.notify(queue)
+    assert [written for _, written in driver.queues[queue].collect()] == [1]
+    driver.queues[queue].release_all()
+    return driver.memory.read(DATA + 0x8000 + len(data), 1)[0]
+
+
+def enabled(bench: Bench) -> list[int]:
+    return [index for index, ring in sorted(bench.backend.peer.rings.items()) if ring.enabled]
+
+
+def test_offloads_are_the_back_ends_and_the_rest_is_ours(bench: Bench) -> None:
+    ring = VERSION_1 | EVENT_IDX | INDIRECT_DESC
+    bench.backend.features = ring | MRG_RXBUF | CSUM | CTRL_VQ | NET_MQ | wire.PROTOCOL_FEATURES
+    driver = bench.net()
+    ours = 1 << 5 | 1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 23
+    assert driver.offered() == ring | MRG_RXBUF | CSUM | ours
+    driver.start()
+    assert bench.backend.peer.features == ring | MRG_RXBUF | CSUM | wire.PROTOCOL_FEATURES
+    assert bytes(driver.read(CONFIG + offset, 1) for offset in range(10)) == MAC + b"\x01\0\x01\0"
+
+
+def test_the_pairs_that_the_driver_wants_are_enabled(bench: Bench) -> None:
+    driver = bench.net(pairs=3)
+    driver.start()
+    assert sorted(bench.backend.peer.rings) == [0, 1, 2, 3, 4, 5] and enabled(bench) == [0, 1]
+    for count, ack, rings in ((3, 0, 6), (2, 0, 4), (0, 1, 4), (4, 1, 4), (1, 0, 2), (2, 0, 4)):
+        assert command(driver, 6, b"\4\0" + count.to_bytes(2, "little")) == ack
+        assert enabled(bench) == list(range(rings))
+    driver.vhost_user.pause()
+    driver.vhost_user.resume()
+    assert enabled(bench) == [0, 1, 2, 3]
+    driver.write(STATUS, 0)
+    driver.start()
+    assert enabled(bench) == [0, 1]
+
+
+def test_a_driver_without_mq_has_its_control_queue_third(bench: Bench) -> None:
+    driver = bench.net(pairs=3)
+    driver.start(driver.offered() & ~NET_MQ)
+    assert sorted(bench.backend.peer.rings) == [0, 1, 3, 4, 5] and enabled(bench) == [0, 1]
+    assert command(driver, 2, b"\1\1" + bytes.fromhex("020000000001")) == 0
+    assert driver.read(CONFIG) == 0x00000002
+    assert command(driver, 2, b"\4\0\1\0") == 1
+
+
+def test_a_malformed_command_takes_the_rings_back(bench: Bench) -> None:
+    driver = bench.net()
+    driver.start()
+    driver.queues[2].add([(DATA, 1, False)])
+    driver.notify(2)
+    assert driver.status & NEEDS_RESET and bench.backend.peer.rings == {}
+
+
+def test_the_link_is_down_without_a_back_end_and_frames_are_dropped(bench: Bench) -> None:
+    bench.backend.handle = None
+    driver = bench.net()
+    driver.start()
+    driver.serve()
+    for _ in range(3):
+        driver.queues[0].add([(DATA, 1526, True)])
+        driver.queues[1].add([(DATA + 0x1000, 100, False)])
+    for queue in (0, 1):
+        driver.notify(queue)
+    bench.backend.peer.give_back(0, 100)
+    bench.backend.die()
+    driver.serve()
+    assert driver.read(CONFIG + 6, 2) == 0 and driver.read(INTERRUPT_STATUS) & 2
+    assert [len(queue.collect()) for queue in driver.queues[:2]] == [1, 3]
+    bench.backend.listen()
+    driver.clock.now += 3.1
+    driver.wait_until(lambda: 0 in driver.device.external_queues)
+    assert driver.read(CONFIG + 6, 2) == 1
+    assert [bench.backend.peer.rings[index].base for index in (0, 1)] == [1, 3]
+    driver.serve()
+    assert len(bench.backend.peer.rings[0].popped) == 2
+
+
+def test_the_cable_is_pulled(bench: Bench) -> None:
+    driver = bench.net()
+    driver.start()
+    assert isinstance(driver.vhost_user, VhostUserNet)
+    driver.vhost_user.set_link(False)
+    assert driver.read(CONFIG + 6, 2) == 0 and bench.backend.peer.rings == {}
+    driver.queues[1].add([(DATA, 100, False)])
+    driver.notify(1)
+    assert len(driver.queues[1].collect()) == 1
+    driver.vhost_user.set_link(True)
+    assert driver.read(CONFIG + 6, 2) == 1 and bench.backend.peer.rings[1].base == 1
+
+
+def test_more_pairs_than_the_back_end_has(bench: Bench) -> None:
+    with pytest.raises(BackendError, match="lacks 9 queues: it has 8"):
+        bench.net(pairs=9)
+
+
 # -- which requests are lost
 
 
@@ -633,11 +745,12 @@ def refuse(line: str) -> ConfigError:
 
 FS = "-device vhost-user-fs-device,id=f,chardev=c,tag=t"
 BLK = "-device vhost-user-blk-device,id=f,chardev=c"
+NET = "-netdev vhost-user,id=f,chardev=c -device virtio-net-device,id=e,netdev=f"
 CHARDEV = "-chardev socket,id=c,path=/tmp/s"
 SHARED = "-machine mem-share=on"
 
 
-@pytest.mark.parametrize("device", [FS, BLK])
+@pytest.mark.parametrize("device", [FS, BLK, NET])
 def test_memory_that_is_not_shared_is_refused_with_both_ways_out(device: str) -> None:
     for memory in ("", "-mem-path /tmp/m", "-object memory-backend-ram,id=m,size=256M -machine memory-backend=m"):
         error = refuse(f"{CHARDEV} {device} {memory}")
@@ -669,6 +782,10 @@ def test_a_chardev_as_kata_writes_it() -> None:
     (f"{CHARDEV},reconnect=3601 {FS} {SHARED}", "reconnect"),
     (f"{CHARDEV} {FS}{'x' * 35} {SHARED}", "tag"),
     (f"{CHARDEV} {BLK},num-queues=33 {SHARED}", "num-queues"),
+    (f"{CHARDEV} {NET.replace('chardev=c', 'chardev=c,queues=17')} {SHARED}", "queues"),
+    (f"{CHARDEV} {NET.replace('chardev=c', 'chardev=d')} {SHARED}", 'Chardev "d" not found'),
+    (f"{CHARDEV} {NET.replace('chardev=c', 'chardev=c,vhost=on')} {SHARED}", "vhost"),
+    (f"{CHARDEV} {NET.replace('chardev=c', 'chardev=c,queues=2')},mq=off {SHARED}", "has 2 queue pairs"),
     (f"{CHARDEV} {BLK},queue-size=3 {SHARED}", "queue-size"),
 ])
 def test_what_is_refused(line: str, message: str) -> None:

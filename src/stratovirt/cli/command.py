@@ -15,6 +15,7 @@ from stratovirt.config.schema import NOT_YET, Group, Key, OptionValues, Path, St
 from stratovirt.config.vm import (
     DeviceConfig,
     DriveConfig,
+    NetdevConfig,
     QmpConfig,
     RngBackendConfig,
     SmpConfig,
@@ -211,7 +212,10 @@ def _netdevs(config: VmConfig, values: list[str]) -> None:
         group, rest = _choose(text, options.NETDEVS, "-netdev", "no such kind of network back end")
         netdev = read_group(group, rest)
         id = _new_id(netdev, config.netdevs, "-netdev")
-        config.netdevs[id] = read_tap(id, netdev, text, config.netdevs.values())
+        if group is options.NETDEVS["vhost-user"]:
+            config.netdevs[id] = NetdevConfig(id, queues=netdev.integer("queues"), chardev=netdev.string("chardev"))
+        else:
+            config.netdevs[id] = read_tap(id, netdev, text, config.netdevs.values())
 
 
 def _chardevs(config: VmConfig, values: list[str]) -> None:

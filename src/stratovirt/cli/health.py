@@ -163,6 +163,10 @@ def _check_devices(config: VmConfig) -> None:
             for key in ("iothread", "rx-iothread", "tx-iothread"):
                 _check_iothread(config, device.options, title, key)
             check_pairs(config.netdevs[netdev], device.options, title)
+            if config.netdevs[netdev].chardev:
+                from stratovirt.cli.vhost_users import claim
+
+                claim(config, config.netdevs[netdev].chardev, "-netdev vhost-user", netdev)
         elif device.driver == "virtio-rng-device":
             rng = device.options.string("rng")
             if rng not in config.rng_backends:

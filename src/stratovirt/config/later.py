@@ -22,13 +22,7 @@ _BOOL, _STRICT, _STRING, _FD = Bool(), StrictBool(), String(), Int(0, (1 << 31) 
 _ID = Key("id", _STRING, "the name by which other options and QMP refer to it", required=True)
 _CHARDEV = Key("chardev", _STRING, "the id of its -chardev", required=True)
 
-NETDEVS = {
-    "vhost-user": Group("-netdev vhost-user", "a network back end in another process", (
-        _ID,
-        _CHARDEV,
-        Key("queues", Int(1, 16), "queue pairs", 1),
-    ), works=False),
-}
+NETDEVS: dict[str, Group] = {}
 
 OBJECTS = {
     "tls-creds-x509": Group("-object tls-creds-x509", "certificates for VNC", (

@@ -164,6 +164,11 @@ NETDEVS = {
         Key("vhostfds", IntList(1 << 20), "the same, one for each queue pair"),
         Key("macnat", _BOOL, "translate MAC addresses", False, works=(False,)),
     )),
+    "vhost-user": Group("-netdev vhost-user", "a network back end in another process", (
+        _ID,
+        _BACKEND,
+        Key("queues", Int(1, MAX_QUEUE_PAIRS), "queue pairs", 1),
+    )),
 }
 
 _MEMORY_BACKEND = (

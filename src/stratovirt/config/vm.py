@@ -84,18 +84,20 @@ class NetdevConfig:
     """`-netdev tap`: the device by its name, or by inherited descriptors of its queues, one for each pair, which then count.
 
     With `vhost` the kernel serves the pairs; `vhost_fds` are open /dev/vhost-net descriptors, none or one for each pair.
+    `-netdev vhost-user`: only `chardev`, the id of the back end's socket, and `queues`.
     """
 
-    __slots__ = ("fds", "id", "ifname", "queues", "vhost", "vhost_fds")
+    __slots__ = ("chardev", "fds", "id", "ifname", "queues", "vhost", "vhost_fds")
 
     def __init__(self, id: str, ifname: str = "", fds: tuple[int, ...] = (), queues: int = 1, vhost: bool = False,
-                 vhost_fds: tuple[int, ...] = ()) -> None:
+                 vhost_fds: tuple[int, ...] = (), chardev: str = "") -> None:
         self.id = id
         self.ifname = ifname
         self.fds = fds
         self.queues = len(fds) or queues
         self.vhost = vhost
         self.vhost_fds = vhost_fds
+        self.chardev = chardev
 
 
 class RamConfig:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stratovirt.backends.chardev import CharDevice
-    from stratovirt.config.vm import DeviceConfig, VmConfig
+    from stratovirt.config.vm import DeviceConfig, NetdevConfig, VmConfig
     from stratovirt.errors import StratoVirtError
     from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
@@ -79,14 +79,18 @@ def _net_reporter(id: str) -> Callable[[StratoVirtError], None]:
 
 
 def _create_net(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
+    options = device.options
+    own = around.next_mac()
+    given = options.optional_string("mac")
+    mac = bytes.fromhex(given.replace(":", "")) if given else own
+    netdev = around.config.netdevs[options.string("netdev")]
+    if netdev.chardev:
+        return _create_vhost_user_net(around, device, netdev, mac)
     from stratovirt.machine.net_backend import open_net_backend
     from stratovirt.virtio.net import VirtioNet
 
-    options = device.options
-    own = around.next_mac()
-    mac = options.optional_string("mac")
-    backend = open_net_backend(around.config.netdevs[options.string("netdev")], around.memory)
-    return VirtioNet(backend.taps, bytes.fromhex(mac.replace(":", "")) if mac else own, around.loop_of(device),
+    backend = open_net_backend(netdev, around.memory)
+    return VirtioNet(backend.taps, mac, around.loop_of(device),
                      options.integer("queue-size"), _net_reporter(device.id), backend.vhosts,
                      around.loop_of(device, "rx-iothread"), around.loop_of(device, "tx-iothread"))
 
@@ -125,6 +129,14 @@ def _create_vhost_user_blk(around: Surroundings, device: DeviceConfig) -> Virtio
     queues, queue_size = device.options.integer("num-queues"), device.options.integer("queue-size")
     return _with_backend(
         backend, lambda: VhostUserBlk(backend, queues, queue_size, around.loop, _backend_reporter(device.id)))
+
+
+def _create_vhost_user_net(around: Surroundings, device: DeviceConfig, netdev: NetdevConfig, mac: bytes) -> VirtioDevice:
+    from stratovirt.virtio.vhost_user_net import VhostUserNet
+
+    backend, queue_size = _backend_socket(around, netdev.chardev), device.options.integer("queue-size")
+    return _with_backend(backend, lambda: VhostUserNet(backend, netdev.queues, mac, around.loop_of(device), queue_size,
+                                                       _backend_reporter(device.id)))
 
 
 def _backend_socket(around: Surroundings, id: str) -> BackendSocket:

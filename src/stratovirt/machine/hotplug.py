@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from stratovirt.machine.events import EventHub
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.memory import GuestMemory
+    from stratovirt.virtio.vhost_user_net import VhostUserNet
 
     Result = TypeVar("Result")
 
@@ -84,12 +85,14 @@ class HotPlug:
         self._slots = {occupied.slot.number: occupied for occupied in slots}
         self._events = events
         self._nodes = {drive.id: BlockNode(drive, None) for drive in config.drives.values()}
-        self._netdevs = {netdev.id: Netdev(netdev, None) for netdev in config.netdevs.values()}
+        # What another process moves the frames of cannot be taken out, but its cable can be pulled.
+        self._fixed = {netdev.id: "" for netdev in config.netdevs.values() if netdev.chardev}  # and the ids of their devices
+        self._netdevs = {netdev.id: Netdev(netdev, None) for netdev in config.netdevs.values() if not netdev.chardev}
         self._threads: dict[int, IoThread] = {}  # of slots whose device is not on the main loop
         configured = {device.id: device for device in config.devices}
         for occupied in slots:
             device, there = configured.get(occupied.id), occupied.device
-            if device is None or not isinstance(there, (VirtioBlock, VirtioNet)):
+            if device is None or device.driver not in ("virtio-blk-device", "virtio-net-device"):
                 continue
             iothread = device.options.optional_string("iothread")
             if iothread is not None:
@@ -97,6 +100,8 @@ class HotPlug:
             if isinstance(there, VirtioBlock):
                 drive = config.drives[device.options.string("drive")]
                 self._nodes[drive.id] = BlockNode(drive, there.image, device.id)
+            elif not isinstance(there, VirtioNet):
+                self._fixed[device.options.string("netdev")] = device.id
             else:
                 netdev = config.netdevs[device.options.string("netdev")]
                 self._netdevs[netdev.id] = Netdev(netdev, NetBackend(there.taps, there.vhosts), device.id)
@@ -186,7 +191,7 @@ class HotPlug:
     def add_netdev(self, config: NetdevConfig) -> None:
         """Open a tap. Raises: HotPlugError, ConfigError; descriptors in `config` then stay the caller's."""
         old = self._netdevs.get(config.id)
-        if old is not None and not old.taken_out:
+        if config.id in self._fixed or (old is not None and not old.taken_out):
             raise HotPlugError(f"Netdev {config.id} has been added")
         backends = [netdev.backend for netdev in self._netdevs.values() if netdev.backend is not None]
         in_use = {fd for backend in backends for fd in backend.descriptors}
@@ -247,10 +252,15 @@ class HotPlug:
     def set_link(self, id: str, up: bool) -> bool:
         """Plug the cable of an interface in or out; `id` is the device's or its netdev's. False: there is none."""
         netdev = self._netdevs.get(id)
-        wanted = netdev.device if netdev is not None else id
+        wanted = netdev.device if netdev is not None else self._fixed.get(id, id)
+        interfaces: tuple[type[VirtioNet] | type[VhostUserNet], ...] = (VirtioNet,)
+        if self._fixed:
+            from stratovirt.virtio.vhost_user_net import VhostUserNet
+
+            interfaces = (VirtioNet, VhostUserNet)
         for occupied in self._slots.values():
             device = occupied.device
-            if wanted and occupied.id == wanted and isinstance(device, VirtioNet):
+            if wanted and occupied.id == wanted and isinstance(device, interfaces):
                 self._on_its_loop(occupied, lambda device=device: device.set_link(up))  # type: ignore[misc]
                 return True
         return False

@@ -59,7 +59,8 @@ class BackendError(HostError):
 
 
 class VhostUser:
-    """One connection, from the handshake on. `features` and `protocol` are what the back end can do, `queues` how many rings.
+    """One connection, from the handshake on. `features` and `protocol` are what the back end can do, `queues` its queues or
+    pairs of them.
 
     `name` is for messages. Raises: BackendError from everything that speaks. Thread: one at a time.
     """
@@ -67,13 +68,13 @@ class VhostUser:
     __slots__ = ("_memory", "_socket", "_until", "features", "name", "protocol", "queues")
 
     def __init__(self, socket: _socket.socket, name: str, memory: GuestMemory, protocol: int) -> None:
-        """The handshake; `socket` does not block, `protocol` are the protocol features to use if the back end has them."""
+        """The handshake. `socket` does not block; `protocol`: features of it to use if they are there."""
         self._socket = socket
         self._memory = memory
         self._until = time.monotonic() + HANDSHAKE_SECONDS
         self.name = name
         self.protocol = 0
-        self.queues = 0
+        self.queues = 1
         try:
             self.features = self._get_u64(proto.GET_FEATURES)
             if self.features >> proto.F_PROTOCOL_FEATURES & 1:
@@ -103,7 +104,9 @@ class VhostUser:
     # -- rings
 
     def start(self, features: int, rings: Mapping[int, Ring], kick_fds: list[int], call_fd: int, error_fd: int) -> None:
-        """Let it serve `rings`, by index, from where they stand. `features` are the driver's choice."""
+        """Let it have `rings`, by index, from where they stand: it serves those that are enabled then. `features` are the
+        driver's choice.
+        """
         self._until = time.monotonic() + START_SECONDS
         self._set(proto.SET_FEATURES, _U64.pack(features & self.features | self.features & 1 << proto.F_PROTOCOL_FEATURES))
         self._set_memory()
@@ -117,11 +120,10 @@ class VhostUser:
             self._set(proto.SET_VRING_ERR, _U64.pack(index), (error_fd,))
             self._set(proto.SET_VRING_CALL, _U64.pack(index), (call_fd,))
             self._set(proto.SET_VRING_KICK, _U64.pack(index), (kick_fds[index],))
-        for index in rings:
-            self.enable(index, True)
 
     def enable(self, index: int, enabled: bool) -> None:
         """A ring that is not enabled is not worked on. Without protocol features there is no such thing."""
+        self._until = time.monotonic() + START_SECONDS
         if self.features >> proto.F_PROTOCOL_FEATURES & 1:
             self._set(proto.SET_VRING_ENABLE, _STATE.pack(index, int(enabled)))
 

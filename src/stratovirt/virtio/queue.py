@@ -134,6 +134,12 @@ class Virtqueue:
         """Go on from there: somebody else has served the queue up to it. Chains that were popped are the driver's again."""
         self._next_avail = self._next_used = self._last_signalled = position
 
+    def rewind(self) -> None:
+        """Take the queue over from somebody who served it in the order of the available ring, and is gone: what has not been
+        returned is there to be popped.
+        """
+        self.seek(self._used16[self._used_index + 1])
+
     def reclaim(self, outstanding: Outstanding) -> list[Chain]:
         """Take the queue over from somebody who served it and is gone: the chains that the driver waits for, as if popped.
 

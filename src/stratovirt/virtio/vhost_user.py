@@ -46,7 +46,7 @@ _RING_FEATURES = 1 << F_VERSION_1 | 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX
 
 
 class VhostUserDevice(VirtioDevice):
-    """Base of the devices. `queue_sizes` are all the back end's. Loop: the main one. `on_error` hears of failures.
+    """Base of the devices. `loop` is the device's own. `on_error` hears of failures.
 
     Raises: BackendError when there is none at the start, or one that lacks what it must have.
     """
@@ -55,6 +55,8 @@ class VhostUserDevice(VirtioDevice):
     """Bits that the back end may bring, beside those of the rings."""
     needed_config = 0
     """How much of the config space is the back end's."""
+    needed_queues = 1
+    """What the back end must have, as it counts: queues, or pairs of them."""
 
     def __init__(self, backend: BackendSocket, queue_sizes: tuple[int, ...], loop: EventLoop,
                  on_error: Callable[[StratoVirtError], None] | None = None) -> None:
@@ -82,15 +84,15 @@ class VhostUserDevice(VirtioDevice):
 
     def _connect(self) -> VhostUser:
         """A connection to a back end that can do what this device needs. Raises: BackendError. Thread: any."""
-        several = len(self.queue_sizes) > 1
-        connection = self._backend.connect(several << P_MQ | bool(self.needed_config) << P_CONFIG)
+        needed = self.needed_queues
+        connection = self._backend.connect((needed > 1) << P_MQ | bool(self.needed_config) << P_CONFIG)
         missing = ""
         if not connection.features >> F_VERSION_1 & 1:
             missing = "VIRTIO_F_VERSION_1"
         elif self.needed_config and not connection.protocol >> P_CONFIG & 1:
             missing = "VHOST_USER_PROTOCOL_F_CONFIG"
-        elif connection.protocol >> P_MQ & 1 and connection.queues < len(self.queue_sizes):
-            missing = f"{len(self.queue_sizes)} queues: it has {connection.queues}"
+        elif connection.queues < needed:
+            missing = f"{needed} queues: it has {connection.queues}"
         if missing:
             connection.close()
             raise BackendError(f"{connection.name} lacks {missing}")
@@ -116,6 +118,7 @@ class VhostUserDevice(VirtioDevice):
         connection.close()
         self._orphaned = self._orphaned or bool(self._served)
         self._served = []
+        self.connection_changed(False)
         self.give_away(frozenset(), self._loop)
         self._take_over()
         if self._backend.reconnect:
@@ -157,6 +160,7 @@ class VhostUserDevice(VirtioDevice):
             self._connection = connection
             self.config = config
             self._watch(connection)
+            self.connection_changed(True)
             self._sync()
             connected = self._connection is not None
         if connected:
@@ -164,6 +168,9 @@ class VhostUserDevice(VirtioDevice):
         if changed and self.transport is not None:
             self.transport.notify_config()
         self._tell_driver()
+
+    def connection_changed(self, connected: bool) -> None:
+        """For a device that shows it to the driver. Called with `_work` held."""
 
     def make_config(self, config: bytes) -> bytes:
         """The config space that the driver sees, out of the back end's."""
@@ -195,7 +202,7 @@ class VhostUserDevice(VirtioDevice):
         """Give the queues to whom they belong now. With `_work` held."""
         self._take_over()
         connection = self._connection
-        wanted = self.active and not self._paused
+        wanted = self.active and not self._paused and self.is_wired
         if connection is not None and bool(self._served) != wanted:
             try:
                 if wanted:
@@ -206,14 +213,30 @@ class VhostUserDevice(VirtioDevice):
                 self._lose(error)
         self.give_away(frozenset(self._served), self._loop)
 
+    @property
+    def is_wired(self) -> bool:
+        """False: the back end is not to have the queues for now, although it is there."""
+        return True
+
     def _start(self, connection: VhostUser) -> None:
         transport = self.transport
-        rings = {index: queue for index, queue in enumerate(self.queues) if queue is not None}
+        rings = {index: queue for index, queue in enumerate(self.queues) if queue is not None and self.is_backends(index)}
         if transport is not None and rings:
             self._served = list(rings)
             connection.start(self.backend_features(), rings, transport.notify_fds, self._call_fd, self._error_fd)
             for index in rings:
+                if self.is_enabled(index):
+                    connection.enable(index, True)
+            for index in rings:
                 transport.requeue(index)  # what came before; a kick too many does no harm
+
+    def is_backends(self, index: int) -> bool:
+        """Is a queue one for the back end?"""
+        return True
+
+    def is_enabled(self, index: int) -> bool:
+        """Does the driver use a queue that the back end has?"""
+        return True
 
     def backend_features(self) -> int:
         """What the back end is told of the driver's choice."""
@@ -254,11 +277,11 @@ class VhostUserDevice(VirtioDevice):
         raise NotImplementedError
 
     def process(self, index: int) -> None:
-        if self._connection is None:  # else the back end has the queue, or is about to get it with a kick of its own
+        if self._connection is None or not self.is_wired:  # else the back end has it, or will get it with a kick of its own
             super().process(index)
 
     def ready(self, index: int) -> bool:
-        return not self._paused and self._connection is None
+        return not self._paused and not self._served
 
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
         return self.fail(index, chain)

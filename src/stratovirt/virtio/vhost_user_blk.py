@@ -44,6 +44,7 @@ class VhostUserBlk(VhostUserDevice):
 
     def __init__(self, backend: BackendSocket, queues: int, queue_size: int, loop: EventLoop,
                  on_error: Callable[[StratoVirtError], None] | None = None) -> None:
+        self.needed_queues = queues
         super().__init__(backend, (queue_size,) * queues, loop, on_error)
         if queues == 1:
             self.features &= ~(1 << F_MQ)

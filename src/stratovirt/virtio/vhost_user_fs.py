@@ -34,6 +34,7 @@ _ENOTCONN = 107
 class VhostUserFs(VhostUserDevice):
     device_id = 26
     name = "vhost-user-fs"
+    needed_queues = 1 + _REQUEST_QUEUES
 
     def __init__(self, backend: BackendSocket, tag: bytes, loop: EventLoop,
                  on_error: Callable[[StratoVirtError], None] | None = None) -> None:
