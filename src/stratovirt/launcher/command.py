@@ -111,11 +111,13 @@ def _fill_standard_descriptors() -> None:
 
 def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str], None] | None) -> None:
     """Until a signal, or until it has been idle for long enough. Raises: StratoVirtError."""
+    from stratovirt.launcher.practice import fill_gaps, practise
     from stratovirt.launcher.server import Launcher
     from stratovirt.launcher.warm import warm_up
     from stratovirt.loop import EventLoop
 
     warm_up()
+    practise()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each machine that runs
     os.chdir("/")
@@ -128,7 +130,7 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end)
     for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, lambda _number, _frame: end())
-    gc.collect()
+    kept = fill_gaps()
     gc.freeze()  # whatever is here now stays; a collection that looked through it would copy its pages in every child
     gc.disable()
     if report is not None:
@@ -136,6 +138,7 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     else:
         log.info(f"listening at {os.fsdecode(socket.path) or 'the socket of systemd'}")
     loop.run()
+    kept.clear()
     launcher.close()
     log.info("ending; machines run on")
 

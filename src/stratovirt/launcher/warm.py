@@ -18,6 +18,11 @@ _LEFT_OUT = (
 def warm_up() -> list[str]:
     """Import them; their names."""
     done = []
+    import stratovirt.__main__, stratovirt.launcher.server
+    from stratovirt.cli import command
+    from stratovirt import log, process, loop
+    from stratovirt.machine.microvm import MicroVm
+    import stratovirt.loader.elf
     for found in pkgutil.walk_packages(stratovirt.__path__, "stratovirt."):
         if not found.name.startswith(_LEFT_OUT):
             importlib.import_module(found.name)
