@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benches import block, boot, imports, phases, start
+from benches import block, boot, imports, launcher, phases, start
 from benches.report import BenchError
 
 BENCHES: dict[str, Callable[[int], None]] = {
     "start": start.run,
+    "launcher": launcher.run,
     "imports": imports.run,
     "phases": phases.run,
     "boot": boot.run,

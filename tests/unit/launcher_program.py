@@ -1,7 +1,7 @@
 """Run by a bare interpreter: a launcher whose "machines" are a few lines of Python, as small as a launcher is.
 
 Arguments: the source directory, the path of the socket, seconds until it is idle, and NAME=NUMBER for constants of
-`launcher.server` that are to be others. It closes its standard output when it serves.
+`launcher.server` that are to be others. It says so when it serves.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> int:
     loop = EventLoop()
     launcher = server.Launcher(loop, listener, machine, 1024, idle, loop.stop)
     signal.signal(signal.SIGTERM, lambda _number, _frame: loop.stop())
-    os.dup2(2, 1)
+    os.write(1, b"serving\n")
     loop.run()
     launcher.close()
     return 0

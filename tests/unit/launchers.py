@@ -28,7 +28,7 @@ class LauncherProcess:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         self.pid = self.process.pid
         assert self.process.stdout is not None
-        assert self.process.stdout.read() == b""
+        assert self.process.stdout.readline() == b"serving\n"
         self.process.stdout.close()
 
     def connect(self) -> _socket.socket:
@@ -56,8 +56,9 @@ class LauncherProcess:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    def children(self) -> list[str]:
-        return Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+    def machines(self) -> int:
+        """One child is the spare."""
+        return len(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()) - 1
 
     def private_kib(self) -> int:
         rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()

@@ -157,7 +157,7 @@ def test_a_bad_request_gets_a_reason_and_no_machine(launcher, request_, count, a
     got = launcher.exchange(request_, [1] * count)
     assert got.startswith(b"error ")
     assert answer in got.decode()
-    assert launcher.children() == []
+    assert launcher.machines() == 0
     until(lambda: launcher.descriptors() == before, "descriptors are left")
     assert Client(launcher, "0").end() == 0
 
@@ -269,7 +269,7 @@ def test_a_machine_ends_when_its_client_is_gone(launcher) -> None:
     assert one.read() == b"running"
     one.connection.close()
     assert one.read() == b", hung up"
-    until(lambda: not launcher.children(), "the machine is still there")
+    until(lambda: launcher.machines() == 0, "the machine is still there")
 
 
 def test_a_killed_machine_hurts_nobody(launcher) -> None:
@@ -277,7 +277,7 @@ def test_a_killed_machine_hurts_nobody(launcher) -> None:
     assert one.read() == other.read() == b"running"
     signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
     assert one.end() == signal.SIGKILL
-    assert len(launcher.children()) == 1
+    until(lambda: launcher.machines() == 1, "the other machine is gone, too")
     assert Client(launcher, "0").end() == 0
     signal.pidfd_send_signal(other.pidfd, signal.SIGTERM)
     assert other.end() == signal.SIGTERM
@@ -308,12 +308,29 @@ def test_a_machine_that_crashes_after_its_launcher(make) -> None:
         one.end()
 
 
+def test_a_killed_spare_is_replaced(launcher) -> None:
+    for _ in range(3):
+        (spare,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(spare), signal.SIGKILL)
+        until(lambda spare=spare: not Path(f"/proc/{spare}/fd/0").exists(), "it is still there")
+        assert Client(launcher, "4").end() == 4 << 8
+        until(lambda: launcher.machines() == 0, "no spare, or a machine too many")
+
+
+def test_the_spare_ends_with_the_launcher(make) -> None:
+    launcher = make()
+    (spare,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.process.wait(DEADLINE)
+    until(lambda: not Path(f"/proc/{spare}/fd/0").exists(), "the spare is still there")
+
+
 def test_an_idle_launcher_ends(make) -> None:
     launcher = make(idle=0.3)
     one = Client(launcher, "stay", "0")
     assert one.read() == b"running"
     time.sleep(0.5)
-    assert len(launcher.children()) == 1
+    until(lambda: launcher.machines() == 1, "the other machine is gone, too")
     one.close()
     assert launcher.process.wait(DEADLINE) == 0
 
@@ -330,7 +347,7 @@ def test_machines_in_a_row_leave_nothing(launcher, count) -> None:
     until(lambda: launcher.descriptors() == descriptors, "descriptors are left")
     private = launcher.private_kib()
     run(count)
-    until(lambda: not launcher.children(), "children are left")
+    until(lambda: launcher.machines() == 0, "children are left")
     until(lambda: launcher.descriptors() == descriptors, "descriptors are left")
     assert launcher.private_kib() <= private + 64
     assert len(os.listdir(f"/proc/{launcher.pid}/task")) == 1

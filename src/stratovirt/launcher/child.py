@@ -49,9 +49,22 @@ class Attachment:
         os.close(fd)
 
 
+def detach(keep: int) -> int:
+    """Leave the launcher: its session, its signals, and its descriptors but for the standard ones and `keep`.
+
+    Returns what `keep` is now. Raises: OSError.
+    """
+    os.setsid()  # what a terminal does to the launcher does not concern the machine
+    (keep,) = place_descriptors({0: 0, 1: 1, 2: 2}, [keep], own_limit())
+    _signal.set_wakeup_fd(-1)
+    for number in RESET_SIGNALS:
+        _signal.signal(number, _signal.SIG_DFL)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
+    return keep
+
+
 def settle(request: Request, connection: int, soft_limit: int) -> Attachment:
     """Make this process what the client would have started itself. Raises: OSError."""
-    os.setsid()  # what a terminal does to the launcher does not concern the machine
     directory, connection = place_descriptors(request.descriptors, [request.directory, connection], own_limit())
     os.fchdir(directory)
     os.close(directory)
@@ -63,10 +76,6 @@ def settle(request: Request, connection: int, soft_limit: int) -> Attachment:
     for name, value in environment.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
-    _signal.set_wakeup_fd(-1)
-    for number in RESET_SIGNALS:
-        _signal.signal(number, _signal.SIG_DFL)
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
     return Attachment(connection)
 
 

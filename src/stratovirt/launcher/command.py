@@ -111,7 +111,7 @@ def _fill_standard_descriptors() -> None:
 
 def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str], None] | None) -> None:
     """Until a signal, or until it has been idle for long enough. Raises: StratoVirtError."""
-    from stratovirt.launcher.practice import fill_gaps, practise
+    from stratovirt.launcher.practice import fill_gaps, practise, rehearse
     from stratovirt.launcher.server import Launcher
     from stratovirt.launcher.warm import warm_up
     from stratovirt.loop import EventLoop
@@ -127,12 +127,13 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
         socket.remove()
         loop.stop()
 
-    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end)
+    kept = fill_gaps()
+    # Whatever is here now stays: a collection that looked through it would copy its pages in every child.
+    gc.freeze()
+    gc.disable()
+    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end, rehearse)
     for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, lambda _number, _frame: end())
-    kept = fill_gaps()
-    gc.freeze()  # whatever is here now stays; a collection that looked through it would copy its pages in every child
-    gc.disable()
     if report is not None:
         report("")
     else:

@@ -8,6 +8,9 @@ a third of those pages away:
   classes know their attributes.
 - The free places in half-used pages are taken, so that what a child makes goes to pages of its own instead of one place
   here and one there.
+
+What is left of those writes, a spare child does before its request has come, by building a machine of which KVM knows
+nothing (`rehearse`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,11 @@ import time
 from stratovirt import log
 from stratovirt.errors import StratoVirtError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.machine.boot import Boot
+    from stratovirt.memory import RamRegion
+
 RUNS = 8  # what CPython needs to specialize a function that is called once in each
 SECONDS = 2.0
 
@@ -27,9 +35,10 @@ _LOAD, _CODE_OFFSET = 0x10_0000, 0x1000
 _NOTE_PVH_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 _CODE = bytes((0xB0, 0xFE, 0xE6, 0x64, 0xF4, 0xEB, 0xFD))  # mov al, FE; out 64, al: reset; hlt, for ever
 
-_SMALLEST, _LARGEST, _STEP = 48, 512, 16  # size classes of the interpreter's allocator; of less than 48 there are none
+_SMALLEST, _LARGEST, _STEP = 48, 512, 16  # size classes of the interpreter's allocator, as far as bytes can have them
 _BYTES_OVERHEAD = 33
 _IN_A_ROW = 12 << 10  # bytes; a pool has 16 KiB, less its header
+_FRESH = 2
 _MOST = 20_000
 
 
@@ -72,7 +81,7 @@ def _run_once(kernel: int) -> None:
     from stratovirt.loop import EventLoop
     from stratovirt.machine.microvm import MicroVm
 
-    config = command.parse(["-machine", "microvm", "-m", "128M", "-smp", "1", "-kernel", f"/proc/self/fd/{kernel}"])
+    config = command.parse(_arguments(kernel))
     loop = EventLoop()
     machine = MicroVm(config, loop, time.monotonic())
     try:
@@ -85,18 +94,65 @@ def _run_once(kernel: int) -> None:
         loop.close()
 
 
+def _arguments(kernel: int) -> list[str]:
+    return ["-machine", "microvm", "-m", "128M", "-smp", "1", "-kernel", f"/proc/self/fd/{kernel}"]
+
+
+class _NoAccelerator:
+    """Takes everything and does nothing."""
+
+    now = staticmethod(time.time)
+
+    @property
+    def vm(self) -> _NoAccelerator:
+        return self
+
+    def add_memory(self, region: RamRegion) -> None: ...
+
+    def create_interrupt_chips(self) -> str:
+        return ""
+
+    def create_irqfd(self, gsi: int) -> _NoAccelerator:
+        return self
+
+    def device_loop(self, loop: object, call: object) -> object:
+        return loop
+
+    def create_processors(self, boot: Boot | None) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def rehearse() -> None:
+    """Build a machine as far as it can be without KVM, and forget it. The caller closes what is open."""
+    from stratovirt.cli import command
+    from stratovirt.loop import EventLoop
+    from stratovirt.machine.microvm import MicroVm
+
+    class Rehearsed(MicroVm):
+        def _create_accelerator(self) -> _NoAccelerator:  # type: ignore[override]
+            return _NoAccelerator()
+
+    kernel = os.memfd_create("practice", os.MFD_CLOEXEC)
+    os.write(kernel, guest())
+    Rehearsed(command.parse(_arguments(kernel)), EventLoop(), time.monotonic()).build()
+    gc.collect()  # what the launcher had is frozen, and not looked at
+
+
 def fill_gaps() -> list[object]:
     """Take the free places; they stay taken as long as the result is kept."""
     gc.collect()
     kept: list[object] = []
     for size in range(_SMALLEST, _LARGEST + 1, _STEP):
         made: list[bytes] = []
-        expected, in_a_row = 0, 0
-        # When most of a pool has come out in a row, no half-used one is left.
-        while in_a_row * size < _IN_A_ROW and len(made) < _MOST:
+        expected, in_a_row, fresh = 0, 0, 0
+        # When most of a pool has come out in a row it was a new one, or had hardly been begun; the second of them is new.
+        while fresh < _FRESH and len(made) < _MOST:
             one = bytes(size - _BYTES_OVERHEAD)
             made.append(one)
             in_a_row = in_a_row + 1 if id(one) == expected else 0
             expected = id(one) + size
+            if in_a_row * size == _IN_A_ROW // size * size:
+                fresh += 1
         kept.append(tuple(made))
     return kept

@@ -1,10 +1,14 @@
 """The launcher: takes requests for machines and forks a process for each.
 
-    connected -> asked -> forked -> ended        refused, or too slow: an "error" answer, and the connection is closed
+    connected -> asked -> handed over -> ended   refused, or too slow: an "error" answer, and the connection is closed
 
-It does nothing else, so that there is little to go wrong: no thread (a fork copies only the one that calls it), no work for a
-machine that runs, one callback for each step. A client that says nothing is let go after `REQUEST_SECONDS`, and the oldest
-such client when there are `MAX_SILENT` of them. Of a machine that runs, it holds one descriptor, the connection, to tell
+One child is always forked ahead of its request: the spare. It has left the launcher, has been through what a machine's start
+goes through as far as it is the same for all, and waits at a socket for a request, which makes it a machine. So the fork, and
+most of the first writes to shared pages, are over when the request comes. The launcher's end is the spare's.
+
+The launcher does nothing else, so that there is little to go wrong: no thread (a fork copies only the one that calls it), no
+work for a machine that runs, one callback for each step. A client that says nothing is let go after `REQUEST_SECONDS`, and the
+oldest such client when there are `MAX_SILENT` of them. Of a machine that runs it holds one descriptor, the connection, to tell
 its end.
 
 Thread: all of it on the one thread that there is.
@@ -18,8 +22,8 @@ import struct
 
 from stratovirt import log
 from stratovirt.launcher import wire
-from stratovirt.launcher.child import RESET_SIGNALS, Attachment, settle
-from stratovirt.launcher.request import Request, RequestError, read_request
+from stratovirt.launcher.child import RESET_SIGNALS, Attachment, detach, settle
+from stratovirt.launcher.request import RequestError, read_request
 from stratovirt.loop import READ, EventLoop
 
 TYPE_CHECKING = False
@@ -34,25 +38,50 @@ else:
 REQUEST_SECONDS = 5.0
 MAX_SILENT = 64
 _ACCEPTED_AT_ONCE = 16
-_ROOM_FOR_RIGHTS = _socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
+_ROOM_FOR_RIGHTS = _socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 1) * 4)
+
+
+class Spare:
+    """A child without a request yet, and the socket where it waits for one."""
+
+    __slots__ = ("pid", "pidfd", "socket")
+
+    def __init__(self, pid: int, pidfd: int, socket: _socket.socket) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.socket = socket
+
+    def close(self) -> None:
+        """Let go of it: without a request it ends."""
+        self.socket.close()
+        os.close(self.pidfd)
+
+
+class NoRequest(Exception):
+    """The launcher has ended, or does not need this child."""
 
 
 class Launcher:
     """Serves `listener`, an AF_UNIX SOCK_SEQPACKET socket, which becomes this object's.
 
-    `start(arguments, attachment)` runs in the child and returns the machine's exit status, or ends the process itself.
+    `rehearse()` runs in the spare child, which lets go afterwards of what it has opened; `start(arguments, attachment)` runs in
+    the child when it has its request, and returns the machine's exit status, or ends the process itself.
     `soft_limit` is how many files a machine may have open, `idle` after how many seconds without one `on_idle` is called
     (0: never).
     """
 
     def __init__(self, loop: EventLoop, listener: _socket.socket, start: Callable[[list[str], Attachment], int],
-                 soft_limit: int, idle: float = 0.0, on_idle: Callable[[], None] = lambda: None) -> None:
+                 soft_limit: int, idle: float = 0.0, on_idle: Callable[[], None] = lambda: None,
+                 rehearse: Callable[[], None] = lambda: None) -> None:
         self._loop = loop
         self._listener = listener
         self._start = start
         self._soft_limit = soft_limit
         self._idle = idle
         self._on_idle = on_idle
+        self._rehearse = rehearse
+        self._spare: Spare | None = None
+        self._closed = False
         self._idle_timer: Timer | None = None
         self._user = os.geteuid()
         self._silent: dict[int, tuple[_socket.socket, Timer]] = {}  # connections whose request has not come, oldest first
@@ -63,6 +92,7 @@ class Launcher:
         loop.add(listener.fileno(), READ, self._on_connections)
         self._watch_signals()
         self._consider_idling()
+        self._make_spare()
 
     @property
     def machines(self) -> int:
@@ -149,60 +179,88 @@ class Launcher:
                 raise RequestError(f"the request is longer than {wire.MAX_REQUEST} bytes")
             if flags & _socket.MSG_CTRUNC:
                 raise RequestError(f"more than {wire.MAX_DESCRIPTORS} descriptors, or more than this process may open")
-            request = read_request(bytes(self._view[:length]), received, self._soft_limit)
+            read_request(bytes(self._view[:length]), received, self._soft_limit)
         except RequestError as error:
             _close_all(received)
             _refuse(connection, str(error))
             return True
-        try:
-            self._fork(request, connection)
-        finally:
-            request.close()
+        request = bytes(self._view[:length])
+        if not self._hand_over(request, received, connection):
+            _refuse(connection, "no process could be made for the machine")
+        _close_all(received)
+        if self._spare is None:
+            self._loop.call_soon(self._make_spare)  # for the next, once whoever waits now is answered
         return True
 
     # -- machines
 
-    def _fork(self, request: Request, connection: _socket.socket) -> None:
+    def _hand_over(self, request: bytes, received: list[int], connection: _socket.socket) -> bool:
+        """Make the spare child the machine of `request`, and say so."""
+        for _ in range(2):  # a spare may have been killed
+            self._make_spare()
+            spare, self._spare = self._spare, None
+            if spare is None:
+                return False
+            rights = struct.pack(f"{len(received) + 1}i", connection.fileno(), *received)
+            try:
+                spare.socket.sendmsg([request], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+            except OSError as error:
+                log.warn(f"the process that was ready for the next machine is gone: {error.strerror}")
+                spare.close()
+                continue
+            try:
+                connection.sendmsg([b"pid %d" % spare.pid],
+                                   [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", spare.pidfd))])
+            except OSError as error:
+                log.debug(f"a client went away: {error.strerror}")  # and the machine learns it by itself
+            spare.close()
+            self._machines[spare.pid] = connection.detach()
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
+                self._idle_timer = None
+            return True
+        return False
+
+    def _make_spare(self) -> None:
+        """Fork the child that waits for the next request, unless there is one."""
+        if self._spare is not None or self._closed:
+            return
+        try:
+            ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        except OSError as error:
+            log.warn(f"socketpair: {error.strerror}")
+            return
         _signal.pthread_sigmask(_signal.SIG_BLOCK, RESET_SIGNALS)
         try:
             pid = os.fork()
+            if pid == 0:
+                self._become_machine(theirs, ours)
+            # Nobody but this loop, later, waits for the child: the number is its, even if it has ended by now.
+            self._spare = Spare(pid, os.pidfd_open(pid), ours)
         except OSError as error:
+            log.warn(f"fork: {error.strerror}")
+            ours.close()  # a child that has begun ends, for nobody is left at the other side
+        finally:
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
-            _refuse(connection, f"fork: {error.strerror}")
-            return
-        if pid == 0:
-            self._become_machine(request, connection)
-        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
-        # Nobody but this loop, later, waits for the child: the number is its, even if it has ended by now.
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            # Out of descriptors. The machine has begun, and ends as soon as its client hangs up.
-            log.warn(f"pidfd_open: {error.strerror}")
-            _refuse(connection, f"pidfd_open: {error.strerror}")
-            self._machines[pid] = -1
-            return
-        try:
-            connection.sendmsg([b"pid %d" % pid], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", pidfd))])
-        except OSError as error:
-            log.debug(f"a client went away: {error.strerror}")  # and the machine learns it by itself
-        os.close(pidfd)
-        self._machines[pid] = connection.detach()
+            theirs.close()
 
-    def _become_machine(self, request: Request, connection: _socket.socket) -> None:
+    def _become_machine(self, requests: _socket.socket, launchers: _socket.socket) -> None:
         """In the child, and it does not return."""
         status = 1
         attachment = None
         try:
             self._loop.close()
-            self._listener.detach()  # the number will be somebody else's: no object shall close it
-            for silent, _ in self._silent.values():
-                silent.detach()
-            attachment = settle(request, connection.detach(), self._soft_limit)
+            for socket in (self._listener, launchers, *(silent for silent, _ in self._silent.values())):
+                socket.detach()  # the number will be somebody else's: no object shall close it
+            source = detach(requests.detach())
+            self._rehearse()
+            message, received = _await_request(source)
+            os.close(source)
+            request = read_request(message, received[1:], self._soft_limit)
+            attachment = settle(request, received[0], self._soft_limit)
             status = self._start(request.arguments, attachment)
+        except NoRequest:
+            status = 0
         except OSError as error:
             os.write(2, f"stratovirt: the machine's process cannot be set up: {error}\n".encode())
         except BaseException:  # noqa: BLE001  # our own defect: it ends here, and never as a second launcher
@@ -215,13 +273,18 @@ class Launcher:
             os._exit(status)
 
     def _reap(self) -> None:
-        while self._machines:
+        while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                break
             if pid == 0:
-                return
+                break
+            if self._spare is not None and self._spare.pid == pid:
+                log.warn("the process that was ready for the next machine has ended")
+                self._spare.close()
+                self._spare = None
+                continue
             fd = self._machines.pop(pid, -1)
             if fd >= 0:
                 try:
@@ -240,7 +303,11 @@ class Launcher:
         self._on_idle()
 
     def close(self) -> None:
-        """Stop serving. Machines run on, and tell their clients themselves how they end. Idempotent."""
+        """Stop serving. Machines run on, and tell their clients themselves how they end."""
+        self._closed = True
+        if self._spare is not None:
+            self._spare.close()  # and so it ends
+            self._spare = None
         self._loop.remove(self._listener.fileno())
         self._listener.close()
         for fd in list(self._silent):
@@ -253,6 +320,16 @@ class Launcher:
             if fd >= 0:
                 os.close(fd)
         self._machines.clear()
+
+
+def _await_request(source: int) -> tuple[bytes, list[int]]:
+    """A request and what came with it, the connection first. Raises: NoRequest, OSError."""
+    socket = _socket.socket(fileno=source)
+    message, ancillary, _, _ = socket.recvmsg(wire.MAX_REQUEST, _ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
+    socket.detach()
+    if not message:
+        raise NoRequest
+    return message, _descriptors(ancillary)
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

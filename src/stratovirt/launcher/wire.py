@@ -25,7 +25,7 @@ import posix
 
 GREETING = b"stratovirt 1"
 MAX_REQUEST = 128 << 10  # bytes
-MAX_DESCRIPTORS = 253  # SCM_MAX_FD of Linux
+MAX_DESCRIPTORS = 252  # one less than SCM_MAX_FD of Linux: the launcher hands them on together with the connection
 MAX_ANSWER = 4096
 SOCKET_NAME = b"stratovirt-launcher.sock"
 
