@@ -109,11 +109,14 @@ AARCH64: dict[str, Callable[[], Path]] = {
     "stock-image-gz": arm64_image_gz,
     "stock-initramfs": arm64_initramfs,
     "microvm-image": microvm_kernel.arm64_image,
+    "microvm-image-16k": lambda: microvm_kernel.arm64_image(16),
     "microvm-image-64k": lambda: microvm_kernel.arm64_image(64),
     "microvm-initramfs": arm64_microvm_initramfs,
     "root-disk": lambda: initramfs.root_disk(architecture=ARM64),
     "vsockcat": arm64_vsockcat,
 }
+# Kernels that take minutes to build and that only long tests want.
+LONG = ("microvm-image-16k", "microvm-image-64k")
 # By the name that Linux has for an architecture: what guests of that architecture are made of.
 ASSETS = {"x86_64": X86_64, "aarch64": AARCH64}
 NAMES = ASSETS.get(platform.machine(), X86_64)

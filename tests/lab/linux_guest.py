@@ -31,6 +31,7 @@ _AARCH64 = {
     "stock-elf": ("stock-image", "stock-initramfs"),
     "stock-gzip": ("stock-image-gz", "stock-initramfs"),
     "small-elf": ("microvm-image", "microvm-initramfs"),
+    "small-16k-pages": ("microvm-image-16k", "microvm-initramfs"),
     "small-64k-pages": ("microvm-image-64k", "microvm-initramfs"),
 }
 ARM64 = platform.machine() == "aarch64"

@@ -35,14 +35,17 @@ def test_boots_to_init_and_sees_its_devices(boot: Callable[..., Guest], disk: Pa
     assert "serial 1" in lines
 
 
-@pytest.mark.parametrize("kernel", ["stock-gzip", "small-64k-pages"])
+@pytest.mark.parametrize("kernel", [
+    "stock-gzip", *(pytest.param(f"small-{size}k-pages", marks=pytest.mark.long) for size in (16, 64)),
+])
 def test_an_image_in_every_form(boot: Callable[..., Guest], disk: Path, kernel: str) -> None:
-    """Packed with gzip, and with pages of 64 KiB."""
+    """Packed with gzip, and with pages of 16 and 64 KiB."""
     status, output = boot(kernel, LOOK + "getconf PAGESIZE 2>/dev/null || grep -m1 KernelPageSize /proc/self/smaps\n", smp=2,
                           disk=disk).finish()
     assert status == 0
     assert "processors 2 2" in output.splitlines() and "mark stratovirt disk" in output.splitlines()
-    assert f"KernelPageSize: {64 if '64k' in kernel else 4} kB" in " ".join(output.split())
+    size = kernel.partition("-")[2].partition("k-")[0] if "pages" in kernel else "4"
+    assert f"KernelPageSize: {size} kB" in " ".join(output.split())
 
 
 @pytest.mark.parametrize("kernel", ["small-bzimage", "small-flat"])
