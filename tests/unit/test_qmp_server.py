@@ -16,7 +16,7 @@ import time
 import pytest
 
 import stratovirt
-from stratovirt.config.vm import QmpConfig, SmpConfig, VmConfig
+from stratovirt.config.vm import CharDeviceConfig, QmpConfig, SmpConfig, VmConfig
 from stratovirt.control import server as server_module
 from stratovirt.control.listener import QmpListener
 from stratovirt.control.server import LeakyBucket
@@ -199,6 +199,12 @@ def test_a_session_as_kata_and_libvirt_hold_it(peer):
     assert peer.ask("query-name")["return"] == {}
     assert peer.ask("no-such-command")["error"] == {
         "class": "CommandNotFound", "desc": "The command no-such-command has not been found"}
+
+
+def test_sockets_of_vhost_user_are_reported_with_the_character_devices(setup, peer):
+    setup.machine.config.vhost_users["fsd"] = CharDeviceConfig("fsd", "socket", "/run/fsd.socket")
+    assert peer.ask("query-chardev")["return"][1:] == [
+        {"filename": "unix:/run/fsd.socket", "frontend-open": True, "label": "fsd"}]
 
 
 def test_cpus_are_reported_with_their_threads_and_topology(peer):

@@ -86,6 +86,9 @@ def _query_chardev(machine: MachineView, _arguments: dict[str, Any]) -> object:
     return [
         {"filename": device.filename, "frontend-open": True, "label": label}
         for label, device in machine.chardevs.items()
+    ] + [
+        {"filename": f"unix:{chardev.path}", "frontend-open": True, "label": label}
+        for label, chardev in machine.config.vhost_users.items()
     ]
 
 
