@@ -6,12 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benches import block, boot, imports, launcher, phases, start
+from benches import block, boot, density, exits, imports, launcher, memory, phases, rate, start
 from benches.report import BenchError
 
 BENCHES: dict[str, Callable[[int], None]] = {
     "start": start.run,
     "launcher": launcher.run,
+    "memory": memory.run,
+    "rate": rate.run,
+    "density": density.run,
+    "exits": exits.run,
     "imports": imports.run,
     "phases": phases.run,
     "boot": boot.run,
