@@ -19,6 +19,7 @@ _PROT_READ_WRITE = 0x1 | 0x2
 _PROT_READ_EXECUTE = 0x1 | 0x4
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
 _MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23
@@ -48,6 +49,7 @@ class _CFunction(_ctypes.CFuncPtr):
 
 _libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is already loaded
 _libc_mmap = _CFunction(_ctypes.dlsym(_libc, "mmap"))
+_libc_memcmp = _CFunction(_ctypes.dlsym(_libc, "memcmp"))
 _libc_madvise = _CFunction(_ctypes.dlsym(_libc, "madvise"))
 _libc_syscall = _CFunction(_ctypes.dlsym(_libc, "syscall"))
 _libc_ioctl = _CFunction(_ctypes.dlsym(_libc, "ioctl"))
@@ -70,7 +72,7 @@ class HostMapping:
         flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
         if fd < 0:
             # Of a file the pages are reserved: with too few huge pages this call fails, not the guest's first access.
-            flags |= mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+            flags |= mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
             self._mapping = mmap.mmap(fd, size, flags=flags, offset=file_offset)
         except (OSError, OverflowError, ValueError) as error:
@@ -97,6 +99,13 @@ class HostMapping:
                             _Int(_MAP_PRIVATE | _MAP_FIXED), _Int(fd), _Word(file_offset))
         if result == _MAP_FAILED:
             raise HostError("mmap of a file over guest memory", _ctypes.get_errno())
+
+    def unmap_files(self) -> None:
+        """Be anonymous memory again, all zero, whatever files `map_file` has laid over it."""
+        result = _libc_mmap(_Word(self.address), _Word(self.size), _Int(_PROT_READ_WRITE),
+                            _Int(_MAP_PRIVATE | _MAP_FIXED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE), _Int(-1), _Word(0))
+        if result == _MAP_FAILED:
+            raise HostError("mmap of guest memory anew", _ctypes.get_errno())
 
     def discard(self) -> None:
         """Drop every page of this process's own: anonymous memory reads as zero again, a private mapping of a file as the
@@ -150,6 +159,16 @@ class HostMapping:
     def dont_dump(self) -> None:
         """Leave guest memory out of core dumps (`dump-guest-core=off`)."""
         self._mapping.madvise(mmap.MADV_DONTDUMP)
+
+
+def is_zero(view: memoryview) -> bool:
+    """Is every byte of a part of a mapping zero? Nothing is copied: bytes that equal themselves, shifted by one, are alike."""
+    if len(view) < 2:
+        return not any(view)
+    if view[0]:
+        return False
+    address = _ctypes.addressof(_Byte.from_buffer(view))
+    return not _libc_memcmp(_Word(address), _Word(address + 1), _Word(len(view) - 1)) & 0xFFFF_FFFF
 
 
 def release(view: memoryview, shared: bool = False, page_size: int = PAGE_SIZE) -> None:

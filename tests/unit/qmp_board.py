@@ -71,6 +71,7 @@ class Board:
             slots.append(OccupiedSlot(id, slot, device, driver.transport))
         if spare:
             self.config.drives["spare"] = DriveConfig("spare", self.image("spare", 6), direct=False)
+        self.migration = "none"
         self.state, self.chardevs, self.iothreads, self.balloon = "running", {}, {}, None
         self.hotplug = HotPlug(self.config, slots, self.hub, {}, self.drivers[0].memory)
         self.descriptors = Descriptors()

@@ -18,7 +18,7 @@ LAYERS = (
     ("machine",),
     ("virtio", "devices"),
     ("backends", "vhost"),
-    ("loader", "firmware", "arch", "hypervisor"),
+    ("loader", "firmware", "arch", "hypervisor", "snapshot"),
     ("memory", "address_map", "loop", "iothread", "hostmap", "barrier", "sandbox"),
     ("log",),
     ("config",),
@@ -89,6 +89,8 @@ OFF_BOOT_PATH = (
     "stratovirt.cli.guest_console",
     "stratovirt.cli.help",
     "stratovirt.cli.reference",
+    "stratovirt.cli.snapshot",
+    "stratovirt.snapshot",
     "stratovirt.sandbox.generate",
     "stratovirt.sandbox.report",
 )

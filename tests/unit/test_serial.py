@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stratovirt.devices import serial
 from stratovirt.devices.serial import Serial
+from stratovirt.snapshot.saved import Saved, SnapshotError
 
 RBR = THR = DLL = 0
 IER = DLM = 1
@@ -220,12 +221,12 @@ def test_scratch_writes_are_the_boot_time_port():
 
 
 def test_reset_is_power_on(port):
-    fresh = port.snapshot()
+    fresh = port.save()
     for offset in (LCR, IER, MCR, SCR, FCR):
         port.write(offset, 1, 0xFF)
     port.char.feed(b"typed")
     port.reset()
-    assert port.snapshot() == fresh
+    assert port.save() == fresh
     assert {name: value for _, name, access, value, _ in serial.REGISTERS if access == "rw"} == {
         name: fresh[name] for name in ("DLL", "IER", "DLM", "LCR", "MCR", "SCR")}
 
@@ -234,16 +235,18 @@ def test_snapshot_round_trip_and_refusal_of_anything_else(port):
     port.write(FCR, 1, 0xC1)
     port.write(IER, 1, 0x05)
     port.char.feed(b"unread")
-    state = port.snapshot()
+    state = port.save()
     other = Serial(irq := Line(), Char())
-    other.restore(state)
-    assert other.snapshot() == state
+    other.restore(Saved(state))
+    assert other.save() == state
     assert irq.count == 1, "an interrupt that was pending is raised again"
-    for bad in ({}, {**state, "IER": 256}, {**state, "LCR": True}, {**state, "receive": "xyz"},
-                {**state, "receive": "00" * 4096}, {**state, "SCR": None}, {**state, "receive": 3}):
-        with pytest.raises(ValueError):
-            other.restore(bad)
-    assert other.snapshot() == state
+    for name, value in (("IER", 256), ("LCR", True), ("receive", "xyz"), ("receive", "00" * 4096), ("SCR", None),
+                        ("receive", 3), ("overrun", 1), ("more", 0)):
+        with pytest.raises(SnapshotError, match=f"^serial.{name}: "):
+            other.restore(Saved({**state, name: value}, "serial"))
+    with pytest.raises(SnapshotError, match="missing"):
+        other.restore(Saved({}))
+    assert other.save() == state
 
 
 OPERATIONS = st.lists(st.one_of(
@@ -266,7 +269,7 @@ def test_no_sequence_of_accesses_breaks_it(operations):
         else:
             assert 0 <= uart.read(offset, size) < 1 << (8 * size)
         assert len(uart._receive) <= serial.RECEIVE_BUFFER_SIZE + serial.FIFO_SIZE
-    uart.restore(uart.snapshot())
+    uart.restore(Saved(uart.save()))
 
 
 @given(OPERATIONS)

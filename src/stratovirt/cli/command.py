@@ -11,10 +11,11 @@ from stratovirt.cli.grammar import split_arguments
 from stratovirt.cli.options import OPTIONS
 from stratovirt.cli.suboptions import read_group, read_value
 from stratovirt.config import options
-from stratovirt.config.schema import NOT_YET, Group, Key, OptionValues, Path, String
+from stratovirt.config.schema import NOT_YET, Group, Key, OptionValues, Path, StrictBool, String
 from stratovirt.config.vm import (
     DeviceConfig,
     DriveConfig,
+    IncomingConfig,
     NetdevConfig,
     QmpConfig,
     RngBackendConfig,
@@ -27,7 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-SUBCOMMANDS = ("run", "doctor", "help")
+SUBCOMMANDS = ("run", "doctor", "snapshot", "help")
 _HELP_WORDS = ("-h", "-help", "--help")
 _VERSION_WORDS = ("-V", "-version", "--version")
 _REPORT_WORD = "-seccomp-report"
@@ -278,6 +279,23 @@ def _qmp(config: VmConfig, values: list[str]) -> None:
                           accepted=options.QMP_ACCEPTED)
 
 
+_INCOMING = Group("-incoming file:DIR", "", (Key("mapped", StrictBool(), "", True),))
+_INCOMING_ACCEPTED = "file:DIR, or file:DIR,mapped=false"
+
+
+def _incoming(config: VmConfig, values: list[str]) -> None:
+    address, _, rest = values[0].partition(",")
+    scheme, colon, directory = address.partition(":")
+    word = scheme.lower() if scheme in (scheme.lower(), scheme.upper(), scheme.capitalize()) else ""
+    if not colon or word not in ("file", "unix", "tcp"):
+        raise ConfigError("not an address", option="-incoming", value=values[0], accepted=_INCOMING_ACCEPTED)
+    if word != "file":
+        raise ConfigError("MicroVM does not support migration", option="-incoming", value=values[0],
+                          accepted=_INCOMING_ACCEPTED)
+    path = str(read_value(_FILE, directory, "-incoming file:"))
+    config.incoming = IncomingConfig(path, read_group(_INCOMING, rest).boolean("mapped") if rest else True)
+
+
 def _freeze(config: VmConfig, values: list[str]) -> None:
     config.freeze = True
 
@@ -313,7 +331,7 @@ _IN_ORDER: tuple[tuple[str, Callable[[VmConfig, list[str]], None]], ...] = (
     ("mem-path", _mem_path), ("mem-prealloc", _mem_prealloc), ("smp", _smp),
     ("cpu", _cpu), ("kernel", _kernel), ("initrd", _initrd), ("append", _append), ("drive", _drives),
     ("object", _objects), ("netdev", _netdevs), ("chardev", _chardevs), ("device", _devices),
-    ("qmp", _qmp), ("S", _freeze), ("freeze", _freeze), ("action", _action),
+    ("qmp", _qmp), ("incoming", _incoming), ("S", _freeze), ("freeze", _freeze), ("action", _action),
     ("no-reboot", _no_reboot), ("daemonize", _daemonize), ("pidfile", _pidfile), ("D", _log_file),
     ("disable-seccomp", _disable_seccomp),
 )

@@ -69,7 +69,9 @@ def check(config: VmConfig, serial: str, mon: str) -> None:
     if config.accel == "test" and not config.mod_test:
         raise ConfigError("the test accelerator needs a socket to be driven from", option="-accel", value="test",
                           accepted="-mod-test PATH")
-    if not config.kernel and config.accel != "test":
+    if config.incoming is not None and config.accel == "test":
+        raise ConfigError("the test accelerator has no processors to restore", option="-accel", value="test", accepted="kvm")
+    if not config.kernel and config.accel != "test" and config.incoming is None:
         raise ConfigError("kernel file is required for microvm machine type, which is not provided", option="-kernel",
                           accepted="-kernel FILE; stratovirt -h lists all options")
     if stdio_users > 1:

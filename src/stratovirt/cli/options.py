@@ -54,6 +54,8 @@ _DECLARED = (
     Option("qmp", ONE, "unix:PATH,server,nowait", _CONTROL, "QMP monitor; also tcp:IP:PORT,server,nowait"),
     Option("mon", ONE, "chardev=ID,mode=control", _CONTROL, "QMP monitor on a -chardev socket"),
 
+    Option("incoming", ONE, "file:DIR[,mapped=false]", _BOOT,
+           "go on from a snapshot, its memory mapped copy-on-write; with mapped=false read"),
     Option("S", FLAG, "", _PROCESS, "start paused; QMP cont lets it run"),
     Option("freeze", FLAG, "", _PROCESS, "the same as -S"),
     Option("action", ONE, "reboot=reset|shutdown", _PROCESS, "a reboot by the guest starts it again, or ends it (default)"),
@@ -83,7 +85,6 @@ _DECLARED = (
     Option("usb", OPTIONAL, "", "", _FOR_LIBVIRT, IGNORED),
     Option("display", OPTIONAL, "", "", "no display is built in", IGNORED),
 
-    Option("incoming", ONE, "file:DIR|unix:PATH|tcp:IP:PORT", _LATER, "restore a snapshot or receive a migration", NOT_YET),
     Option("numa", MANY, "node,…|dist,…", _LATER, "NUMA nodes and distances", NOT_YET),
     Option("global", MANY, "DRIVER.KEY=VALUE", _LATER, "a default for a kind of device", NOT_YET),
     Option("smbios", MANY, "type=N[,KEY=VALUE…]", _LATER, "SMBIOS tables", NOT_YET),

@@ -16,9 +16,6 @@ def check_option(name: str, values: list[str]) -> None:
     for text in values:
         if name in later.VALUES:
             read_value(later.VALUES[name], text, "-" + name)
-        elif name == "incoming" and text.partition(":")[0] not in (
-                *later.INCOMING_SCHEMES, *map(str.capitalize, later.INCOMING_SCHEMES), *map(str.upper, later.INCOMING_SCHEMES)):
-            raise ConfigError("not an address", option="-incoming", value=text, accepted="file:DIR, unix:PATH, tcp:IP:PORT")
 
 
 def check_kind(option: str, kind: str, rest: str) -> None:

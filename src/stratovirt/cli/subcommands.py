@@ -1,4 +1,4 @@
-"""The subcommands for people: `run`, `doctor`, `help`. Each is imported when it is asked for."""
+"""The subcommands for people: `run`, `doctor`, `snapshot`, `help`. Each is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ def dispatch(name: str, arguments: list[str]) -> int:
         from stratovirt.cli import doctor
 
         return doctor.main(arguments)
+    if name == "snapshot":
+        from stratovirt.cli import snapshot
+
+        return snapshot.main(arguments)
     from stratovirt.cli import help
 
     return help.print_usage()

@@ -56,4 +56,3 @@ VALUES = {
     "hardware-signature": Key("hardware-signature", Int(0, U32_MAX), ""),
     "windows_emu_pid": Key("windows_emu_pid", Int(1, U64_MAX), ""),
 }
-INCOMING_SCHEMES = ("file", "unix", "tcp")

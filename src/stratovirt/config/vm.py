@@ -148,12 +148,22 @@ class QmpConfig:
         self.iothread = iothread
 
 
+class IncomingConfig:
+    """`-incoming file:DIRECTORY`; `mapped` memory is copied when it is written, other is read at start."""
+
+    __slots__ = ("directory", "mapped")
+
+    def __init__(self, directory: str, mapped: bool) -> None:
+        self.directory = directory
+        self.mapped = mapped
+
+
 class VmConfig:
     """Everything asked for on one command line. Defaults are those of an empty command line."""
 
     __slots__ = (
         "accel", "chardevs", "cpu_pmu", "cpu_sve",
-        "daemonize", "devices", "drives", "dump_guest_core", "freeze", "initrd", "iothreads", "kernel",
+        "daemonize", "devices", "drives", "dump_guest_core", "freeze", "incoming", "initrd", "iothreads", "kernel",
         "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
         "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
         "reboot_action", "rng_backends", "seccomp", "serial", "smp", "vhost_users",
@@ -189,6 +199,7 @@ class VmConfig:
         self.devices: list[DeviceConfig] = []
         self.qmp: list[QmpConfig] = []
         self.freeze = False
+        self.incoming: IncomingConfig | None = None
         self.daemonize = False
         self.pidfile = ""
         self.log_file = ""

@@ -34,16 +34,6 @@ def _say(text: str) -> Handler:
     return _answer(lambda: text)
 
 
-def _migrate(_machine: MachineView, arguments: dict[str, Any]) -> object:
-    uri = arguments["uri"]
-    scheme, colon, rest = uri.partition(":")
-    if not colon or not rest or scheme not in ("file", "unix", "tcp"):
-        raise QmpError(f"Invalid uri: {uri}")
-    if scheme == "file":
-        raise QmpError("Snapshots are not supported yet.")
-    raise QmpError("MicroVM does not support migration")
-
-
 def _snapshot(machine: MachineView, arguments: dict[str, Any]) -> object:
     log.warn(f"QMP: no snapshot of {arguments['device']}: a raw image has none")
     return {}
@@ -102,11 +92,6 @@ COMMANDS = (
             returns=Array(record({"name": STR, "state": BOOL})), arguments=(Member("name", STR, "A regular expression."),)),
     Command("trace-set-state", _answer(dict), "Switch the trace points that match; there are none.",
             arguments=(Member("name", STR, "A regular expression."), Member("enable", BOOL, "On or off."))),
-    Command("migrate", _migrate, "Always an error: a microVM does not migrate, and there are no snapshots yet.",
-            arguments=(Member("uri", STR, "Where to: file:DIR, unix:PATH or tcp:IP:PORT."),), strict=False),
-    Command("query-migrate", _answer(lambda: {"status": "none"}), "How a migration stands; none ever begins.",
-            returns=record({"status": STR})),
-    Command("migrate_cancel", _answer(dict), "Nothing to cancel."),
     Command("block-commit", _answer(dict), "Nothing to commit: a raw image has no layers.", strict=False),
     Command("blockdev-snapshot-internal-sync", _snapshot, "Does nothing, successfully: a raw image has no snapshots.",
             arguments=_SNAPSHOT),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stratovirt.control import absent, balloon, declared, descriptors, disks, inquiry, interfaces, plugging, power
+from stratovirt.control import absent, balloon, declared, descriptors, disks, inquiry, interfaces, migration, plugging, power
 from stratovirt.control.protocol import PACKAGE, QEMU_VERSION, QmpError
 from stratovirt.control.schema import describe
 from stratovirt.control.table import Command, CommandTable
@@ -60,6 +60,7 @@ COMMANDS = CommandTable(tuple(sorted((
     Command("qmp_capabilities", _qmp_capabilities, "End the negotiation; not needed, may be repeated.",
             arguments=(Member("enable", Array(STR), "Capabilities to use; none is offered.", optional=True),)),
     *power.COMMANDS,
+    *migration.COMMANDS,
     *plugging.COMMANDS,
     *interfaces.COMMANDS,
     *disks.COMMANDS,

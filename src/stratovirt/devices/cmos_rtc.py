@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from stratovirt.snapshot.saved import Saved
+
 REGISTER_A, REGISTER_B, REGISTER_C, REGISTER_D, CENTURY = 0x0A, 0x0B, 0x0C, 0x0D, 0x32
 _A_DIVIDER_AND_RATE = 0x26  # 32768 Hz time base, 1024 Hz rate, no update in progress
 _B_24_HOURS = 0x02
@@ -36,6 +38,16 @@ class CmosRtc:
         self._ram = bytearray(_SIZE)
         self._ram[REGISTER_A] = _A_DIVIDER_AND_RATE
         self._ram[REGISTER_B] = _B_24_HOURS
+
+    def save(self) -> dict[str, object]:
+        """What a snapshot keeps: not the time of day, which is the host's."""
+        return {"index": self._index, "ram": bytes(self._ram).hex()}
+
+    def restore(self, state: Saved) -> None:
+        """Take over what `save` gave. Raises: SnapshotError."""
+        self._index = state.integer("index", 0, _SIZE - 1)
+        self._ram[:] = state.data("ram", _SIZE)
+        state.end()
 
     def read(self, offset: int, size: int) -> int:
         if size != 1 or offset == 0:

@@ -18,7 +18,9 @@ import _thread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Protocol
+
+    from stratovirt.snapshot.saved import Saved
 
     class InterruptLine(Protocol):
         def trigger(self) -> None: ...
@@ -344,31 +346,29 @@ class Serial:
             resume = self._take_resume()
         self._after(False, resume)
 
-    def snapshot(self) -> dict[str, int | str]:
-        """The state of the device: integers, and the unread input as hexadecimal digits."""
+    def save(self) -> dict[str, object]:
+        """What a snapshot keeps: the registers, and the unread input. What has been written belongs to this process."""
         with self._lock:
             return {
                 "DLL": self._dll, "DLM": self._dlm, "IER": self._ier, "FCR": self._fcr, "LCR": self._lcr,
-                "MCR": self._mcr, "MSR": self._msr, "SCR": self._scr, "overrun": int(self._overrun),
-                "thre_pending": int(self._thre_pending), "receive": bytes(self._receive).hex(),
+                "MCR": self._mcr, "MSR": self._msr, "SCR": self._scr, "overrun": self._overrun,
+                # A driver that waits for room hears of it where there is some: in the machine that goes on from here.
+                "thre_pending": self._thre_pending or not self._transmitter_ready(), "receive": bytes(self._receive).hex(),
             }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `snapshot` gave. Raises ValueError when it is not such a state; nothing is changed then."""
-        names = ("DLL", "DLM", "IER", "FCR", "LCR", "MCR", "MSR", "SCR", "overrun", "thre_pending")
-        values = [state.get(name) for name in names]
-        text = state.get("receive")
-        if not all(type(value) is int and 0 <= value <= 0xFF for value in values) or not isinstance(text, str):
-            raise ValueError("serial: not a saved state")
-        receive = bytes.fromhex(text)
-        if len(receive) > RECEIVE_BUFFER_SIZE + FIFO_SIZE:
-            raise ValueError(f"serial: {len(receive)} bytes of unread input do not fit")
+    def restore(self, state: Saved) -> None:
+        """Take over what `save` gave. Raises: SnapshotError; nothing is changed then."""
+        names = ("DLL", "DLM", "IER", "FCR", "LCR", "MCR", "MSR", "SCR")
+        dll, dlm, ier, fcr, lcr, mcr, msr, scr = (state.integer(name, 0, 0xFF) for name in names)
+        overrun, thre_pending = state.boolean("overrun"), state.boolean("thre_pending")
+        receive = state.data("receive", limit=RECEIVE_BUFFER_SIZE + FIFO_SIZE)
+        state.end()
         with self._lock:
-            dll, dlm, ier, fcr, lcr, mcr, msr, scr, overrun, thre = (int(value or 0) for value in values)
             self._dll, self._dlm, self._ier, self._fcr = dll, dlm, ier & 0x0F, fcr & 0xC9
             self._lcr, self._mcr, self._msr, self._scr = lcr, mcr & 0x1F, msr, scr
-            self._overrun, self._thre_pending = bool(overrun), bool(thre)
+            self._overrun, self._thre_pending = overrun, thre_pending
             self._receive[:] = receive
+            self._output_high = False  # an edge too many does no harm, one that was on its way would be missed
             resume = self._take_resume()
             edge = self._update_interrupt()
         self._after(edge, resume)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from stratovirt.machine.hotplug import HotPlug
     from stratovirt.machine.kvm import Accelerator
     from stratovirt.machine.slots import OccupiedSlot
+    from stratovirt.machine.snapshot import Incoming
     from stratovirt.virtio.balloon import VirtioBalloon
 
 _BOOT_PHASES = {1: "the kernel has started", 2: "the boot is complete"}
@@ -60,23 +61,35 @@ class MicroVm(Lifecycle):
         self.balloon: VirtioBalloon | None = None
         self.accelerator: Accelerator | None = None
         self.boot: Boot | None = None
+        self.migration = "none"  # how the last one went, as query-migrate says it
+        self._incoming: Incoming | None = None
+        self._make_boot: Callable[[], Boot] | None = None  # of a restored machine, which needs it for a reset only
         self._hotplug: HotPlug | None = None
         self._asked: Callable[[], None] | None = None  # what the guest wants done, until it is done
 
     def build(self) -> None:
-        """Make the machine, up to the guest's first instruction. Raises: ConfigError, HostError."""
+        """Make the machine, up to the guest's first instruction or where a snapshot left it. Raises: ConfigError, HostError."""
         config = self.config
+        if config.incoming is not None:
+            from stratovirt.machine.snapshot import Incoming
+
+            self._incoming = Incoming(config)
         self.accelerator = accelerator = self._create_accelerator()
         self.vm = accelerator.vm
         self.memory = self._create_memory()
         interrupt_controller = accelerator.create_interrupt_chips()
 
         devices = [device for device in config.devices if drivers.takes_slot(device)]
-        chosen = assign_slots(devices)
-        # With nobody to talk to the machine, nothing can ever be plugged in.
-        empty = empty_slots(chosen) if config.qmp else []
+        if self._incoming is not None:
+            chosen, empty = self._incoming.slots_of(devices), self._incoming.empty_slots()
+        else:
+            chosen = assign_slots(devices)
+            # With nobody to talk to the machine, nothing can ever be plugged in.
+            empty = empty_slots(chosen) if config.qmp else []
         announced = sorted([*chosen, *(slot for _, slot in empty)], key=lambda slot: slot.number)
-        if config.kernel:  # the command line sees to it that only the test accelerator goes without
+        if self._incoming is not None:
+            self._make_boot = lambda: Boot(config, announced, interrupt_controller)
+        elif config.kernel:  # the command line sees to it that only the test accelerator goes without
             self.boot = Boot(config, announced, interrupt_controller)
             self.boot.load(self.memory)
         for chardev in config.chardevs.values():
@@ -95,6 +108,8 @@ class MicroVm(Lifecycle):
         self.balloon = around.balloon
         self._plug_platform(accelerator)
         accelerator.create_processors(self.boot)
+        if self._incoming is not None:
+            self._incoming.restore(self)
 
     def _create_accelerator(self) -> Accelerator:
         config = self.config
@@ -143,6 +158,8 @@ class MicroVm(Lifecycle):
         for region in regions:
             if not config.dump_guest_core:
                 region.host.dont_dump()
+            if self._incoming is not None:
+                self._incoming.load_memory(region)
             self.vm.add_memory(region)
         return GuestMemory(regions)
 
@@ -176,11 +193,42 @@ class MicroVm(Lifecycle):
 
     def start(self, confine: Callable[[int], None] = unconfined) -> None:
         """Let the guest run, or with -S wait for `cont`; `confine` is called on every new thread first. Thread: main."""
-        paused = self.config.freeze
+        paused = self.config.freeze and self._incoming is None
         self._built().start(paused, confine)
         for iothread in self.iothreads.values():
             iothread.start(confine)
         self.state = PAUSED if paused else RUNNING
+        if self._incoming is not None:
+            self._prepare_boot()
+
+    def _prepare_boot(self) -> None:
+        """The guest goes on without its kernel file, but a reset needs it."""
+        make, self._make_boot = self._make_boot, None
+        if make is not None and self.config.kernel:
+            try:
+                self.boot = make()
+            except ConfigError as error:
+                log.error(f"{error}; a reset will end this machine")
+
+    def snapshot(self, directory: str) -> None:
+        """Save the machine into `directory` and leave it paused.
+
+        Raises: StateError, SnapshotError, HostError; it is then as it was.
+        """
+        from stratovirt.machine import snapshot
+
+        self.migration = "active"
+        try:
+            snapshot.take(self, directory)
+            self.migration = "completed"
+        finally:
+            if self.migration == "active":
+                self.migration = "failed"
+
+    @property
+    def is_asked(self) -> bool:
+        """The guest has asked for a reset or power-off, and the main loop has not come to it."""
+        return self._asked is not None
 
     def stop_vcpus(self) -> None:
         self._built().pause()
@@ -192,6 +240,11 @@ class MicroVm(Lifecycle):
             occupied.device.resume()
         self._built().resume()
 
+    def reset(self, guest: bool) -> None:
+        if self._incoming is not None and self.boot is None:
+            raise HostError("a machine that was restored without -kernel cannot start again")
+        super().reset(guest)
+
     def reset_hardware(self) -> None:
         self._asked = None  # whatever it was, the guest that wanted it is gone
         for occupied in self.slots:
@@ -202,7 +255,12 @@ class MicroVm(Lifecycle):
         # kernel wanted them, at every ioctl of a vCPU, and that may be the middle of the new initrd.
         self._built().reset_processors(self.boot)
         for region in self.memory.regions:
-            region.host.discard()
+            if self._incoming is not None and region.host.fd < 0:
+                region.host.unmap_files()
+                if not self.config.dump_guest_core:
+                    region.host.dont_dump()
+            else:
+                region.host.discard()
         if self.boot is not None:
             self.boot.load(self.memory)
 
@@ -256,7 +314,7 @@ class MicroVm(Lifecycle):
     def _do_guest_reset(self) -> None:
         if self.state not in (RUNNING, PAUSED):
             return
-        if self.config.reboot_action == "reset":
+        if self.config.reboot_action == "reset" and (self._incoming is None or self.boot is not None):
             self.reset(guest=True)
         else:
             self.shutdown(True, "guest-reset")

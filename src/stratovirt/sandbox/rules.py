@@ -21,6 +21,7 @@ _VI, _VM, _IM, _ALL = _V | _I, _V | _M, _I | _M, _V | _I | _M
 OWN_PID = 0x7E57_C0DE
 IF_IO_URING = ERRNO | 1  # EPERM, or ALLOW when a -drive has aio=io_uring
 IF_VHOST_USER = ERRNO | 13  # EACCES, or ALLOW when a device has its back end in another process
+UNLESS_VHOST_USER = ERRNO | 95  # EOPNOTSUPP, or ALLOW when none has: such a machine has no snapshots
 
 _ENOSYS = ERRNO | 38  # "this kernel does not know it": the C library falls back to what there was before
 
@@ -51,7 +52,7 @@ class Rule:
 
     @property
     def allows(self) -> bool:
-        return self.action in (ALLOW, IF_IO_URING, IF_VHOST_USER)
+        return self.action in (ALLOW, IF_IO_URING, IF_VHOST_USER, UNLESS_VHOST_USER)
 
 
 KVM_ON_VCPU_THREADS = {"KVM_RUN": 0xAE80}
@@ -67,6 +68,8 @@ KVM_ON_MAIN = {  # a look at a vCPU that has failed or stands still, and a reset
     "KVM_GET_VCPU_EVENTS": 0x8040_AE9F, "KVM_SET_VCPU_EVENTS": 0x4040_AEA0,
     "KVM_GET_DEBUGREGS": 0x8080_AEA1, "KVM_SET_DEBUGREGS": 0x4080_AEA2, "KVM_GET_XSAVE": 0x9000_AEA4,
     "KVM_SET_XSAVE": 0x5000_AEA5, "KVM_GET_XCRS": 0x8188_AEA6, "KVM_SET_XCRS": 0x4188_AEA7, "KVM_TRANSLATE": 0xC018_AE85,
+    # a snapshot
+    "KVM_GET_CLOCK": 0x8030_AE7C, "KVM_GET_TSC_KHZ": 0xAEA3, "KVM_GET_XSAVE2": 0x9000_AECF,
 }
 VHOST = {  # a driver's set-up and reset of a device that the kernel serves, its pause, and its cable
     "VHOST_SET_FEATURES": 0x4008_AF00, "VHOST_SET_VRING_NUM": 0x4008_AF10, "VHOST_SET_VRING_ADDR": 0x4028_AF11,
@@ -85,11 +88,12 @@ TERMINAL = {"TCGETS": 0x5401, "TCSETS": 0x5402}
 
 _PROT_EXEC = 4
 _AT_FDCWD = -100 & 0xFFFF_FFFF
-_O_WRONLY, _O_RDWR, _O_CREAT, _O_NOCTTY, _O_APPEND = 0o1, 0o2, 0o100, 0o400, 0o2000
+_O_WRONLY, _O_RDWR, _O_CREAT, _O_EXCL, _O_NOCTTY, _O_APPEND = 0o1, 0o2, 0o100, 0o200, 0o400, 0o2000
 _O_NONBLOCK, _O_DIRECT, _O_DIRECTORY, _O_CLOEXEC = 0o4000, 0o40000, 0o200000, 0o2000000
 _OPEN_EXISTING = _O_WRONLY | _O_RDWR | _O_NONBLOCK | _O_DIRECT | _O_DIRECTORY | _O_CLOEXEC
 _NOT_TO_OPEN = ~_OPEN_EXISTING & 0xFFFF_FFFF
 _OPEN_LOG = _O_WRONLY | _O_APPEND | _O_CREAT | _O_CLOEXEC | _O_NOCTTY
+_OPEN_NEW = _O_RDWR | _O_CREAT | _O_EXCL | _O_CLOEXEC
 # CLONE_VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID: what pthread_create asks for
 _CLONE_THREAD = 0x003D_0F00
 _MADV_DONTNEED, _MADV_REMOVE, _MADV_GUARD_INSTALL = 4, 9, 102
@@ -124,7 +128,7 @@ RULES = (
     Rule(_ALL, "io_submit", "aio=native; a reset on a vCPU's thread waits for the requests in flight, and begins the rest"),
     Rule(_ALL, "io_getevents", "aio=native: the ends of requests"),
     Rule(_ALL, "io_uring_enter", "aio=io_uring, if a -drive has it at the start, else EPERM", action=IF_IO_URING),
-    Rule(_IM, "fdatasync", "a guest's flush"),
+    Rule(_IM, "fdatasync", "a guest's flush; a snapshot is on disk before it has its name"),
     Rule(_IM, "fallocate", "discard, zeroes"),
     Rule(_ALL, "lseek", "the size of an image, looked at again by flush and reset"),
     Rule(_ALL, "poll", "waits with a deadline: requests in flight, stderr, clients' last events"),
@@ -172,11 +176,14 @@ RULES = (
     Rule(_M, "openat", "blockdev-add, taps, vhost, modules that are imported late: files that exist",
          Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "no O_CREAT, O_TRUNC, O_PATH", forbidden_bits=_NOT_TO_OPEN)),
     Rule(_M, "openat", "a new log file", Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "the flags of the log", (_OPEN_LOG,))),
+    Rule(_M, "openat", "the files of a snapshot, which must not exist", Test(0, "AT_FDCWD", (_AT_FDCWD,)),
+         Test(2, "the flags of a snapshot's files", (_OPEN_NEW,))),
+    Rule(_M, "mkdir", "the directory of a snapshot, if no device has a vhost-user back end", action=UNLESS_VHOST_USER),
     Rule(_M, "newfstatat", "what kind of file an image is; whether a socket is still ours"),
     Rule(_M, "fstat", "the same in newer C libraries"),
     Rule(_M, "getdents64", "modules that are imported late"),
-    Rule(_M, "rename", "the log's rotation"),
-    Rule(_M, "unlink", "sockets and pid file, at the end"),
+    Rule(_M, "rename", "the log's rotation; a snapshot gets its name"),
+    Rule(_M, "unlink", "sockets and pid file, at the end; a snapshot that failed, or is replaced"),
 
     # -- back ends in other processes, if there are any at the start, else EACCES
     Rule(_ALL, "sendmsg", "vhost-user: a driver's set-up, a reset, a pause are told", action=IF_VHOST_USER),
@@ -198,3 +205,10 @@ def rules_of(kind: int) -> tuple[Rule, ...]:
 def allowed_calls(kind: int) -> set[str]:
     """The calls that such a thread may make, with the right arguments."""
     return {rule.call for rule in rules_of(kind) if rule.allows}
+
+
+def calls_of_a_process() -> int:
+    """How many calls the threads of one process may make together, at most."""
+    kinds = (VCPU, IOTHREAD, MAIN)
+    return max(len({rule.call for kind in kinds for rule in rules_of(kind) if rule.allows and rule.action != other})
+               for other in (IF_VHOST_USER, UNLESS_VHOST_USER))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from stratovirt.loop import EventLoop
     from stratovirt.memory import GuestMemory
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.virtio.queue import Chain, Virtqueue
 
 F_DEFLATE_ON_OOM, F_REPORTING = 2, 5
@@ -107,6 +108,16 @@ class VirtioBalloon(VirtioDevice):
         """The guest has all of its memory again; what we want of it stays."""
         with self._config_lock:
             self._actual_pages = 0
+            self._store()
+
+    def save(self) -> dict[str, object]:
+        with self._config_lock:
+            return {"target_pages": self._target_pages, "actual_pages": self._actual_pages}
+
+    def restore(self, state: Saved) -> None:
+        with self._config_lock:
+            self._target_pages = state.integer("target_pages", 0, 0xFFFF_FFFF)
+            self._actual_pages = state.integer("actual_pages", 0, 0xFFFF_FFFF)
             self._store()
 
     # -- queues

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from stratovirt.backends.aio_threads import ThreadEngine
     from stratovirt.backends.block_rate import LeakyBucket
     from stratovirt.loop import EventLoop, Timer
+    from stratovirt.snapshot.saved import Saved
 
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = b"\x00", b"\x01", b"\x02"
@@ -389,6 +390,21 @@ class VirtioBlock(VirtioDevice):
             self._paused = True
             interrupt, again = self._settle(PAUSE_SECONDS)
         self._tell(interrupt, again)
+
+    def save(self) -> dict[str, object]:
+        if self._engine is not None and self._engine.in_flight:
+            raise HostError(f"{self._engine.in_flight} requests to {self.image.path} do not end")
+        return {"sectors": self.sectors, "readonly": self.image.readonly, "image": self.image.path}
+
+    def restore(self, state: Saved) -> None:
+        """The image is the command line's: at another place perhaps, but as large as it was."""
+        sectors = state.integer("sectors")
+        if sectors != self.sectors:
+            raise state.error("sectors", f"the disk had {sectors} sectors, and {self.image.path or 'now it'} has "
+                              f"{self.sectors}: it has changed, or is another")
+        if state.boolean("readonly") != self.image.readonly:
+            raise state.error("readonly", f"the disk was {'' if self.image.readonly else 'not '}writable")
+        state.text("image", 4096)
 
     def resume(self) -> None:
         with self._work:

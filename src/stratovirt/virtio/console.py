@@ -29,6 +29,7 @@ from stratovirt.virtio.queue import split
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from stratovirt.backends.chardev import CharDevice
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.virtio.queue import Chain, Virtqueue
 
 F_SIZE, F_MULTIPORT = 0, 1
@@ -105,6 +106,53 @@ class VirtioConsole(VirtioDevice):
         for port in self._ports.values():
             port.open = False
             port.sending = None
+
+    # -- snapshots
+
+    def save(self) -> dict[str, object]:
+        ports = [{
+            "number": port.number, "open": port.open, "pending": bytes(port.pending).hex(),
+            # of the buffer that is on its way to the host: how much the character device has not taken yet
+            "unsent": sum(map(len, port.sending[1])) if port.sending is not None else 0,
+        } for port in self._ports.values()]
+        control = [{"port": number, "event": event, "message": message.hex()}
+                   for (number, event), message in self._control.items()]
+        return {"ports": ports, "control": control}
+
+    def restore(self, state: Saved) -> None:
+        """Who is at the other end may have changed: every port that is not a console says so anew."""
+        saved = state.sections("ports")
+        for section in saved:
+            port = self._ports.get(section.integer("number", 0, 0xFFFF_FFFF))
+            if port is None:
+                raise section.error("number", "the machine has no such port")
+            port.open = section.boolean("open")
+            port.pending[:] = section.data("pending", limit=READ_SIZE)
+            self._restore_unsent(port, section)
+            section.end()
+        if len(saved) != len(self._ports):
+            raise state.error("ports", f"{len(saved)} of them, and the machine has {len(self._ports)}")
+        for section in state.sections("control"):
+            key = section.integer("port", 0, 0xFFFF_FFFF), section.integer("event", 0, PORT_NAME)
+            self._control[key] = section.data("message", limit=_CONTROL.size + 256)
+            section.end()
+        if self.active and self.driver_features >> F_MULTIPORT & 1:
+            for port in self._ports.values():
+                if not port.console:
+                    self._tell(port, PORT_OPEN, int(port.connected))
+
+    def _restore_unsent(self, port: Port, section: Saved) -> None:
+        unsent = section.integer("unsent", 0, 1 << 32)
+        queue = self.queues[port.tx] if unsent and self.active else None
+        if queue is None:
+            return
+        try:
+            chain = queue.pop()
+        except GuestError as error:
+            raise section.error("unsent", str(error)) from error
+        if chain is None or chain.readable_length < unsent:
+            raise section.error("unsent", "the guest's queue has no such buffer")
+        port.sending = (chain.head, split(chain.readable, chain.readable_length - unsent)[1])
 
     # -- from the host, on the loop
 

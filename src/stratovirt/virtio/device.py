@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from stratovirt.loop import EventLoop
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.virtio.queue import Chain, Virtqueue
 
     class Lock(Protocol):
@@ -105,6 +106,15 @@ class VirtioDevice:
 
     def resume(self) -> None:
         """The machine goes on."""
+
+    # -- snapshots, in a machine that stands still
+
+    def save(self) -> dict[str, object]:
+        """What a snapshot keeps of it, beside what the transport has. Called after `pause`. Raises: HostError."""
+        return {}
+
+    def restore(self, state: Saved) -> None:
+        """Take over what `save` gave. Called after `activate` if the driver is ready, else without. Raises: SnapshotError."""
 
     # -- config space
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from stratovirt.memory import GuestMemory
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.virtio.device import VirtioDevice
 
     class InterruptLine(Protocol):
@@ -49,6 +50,8 @@ QUEUE_NOTIFY = 0x050
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DEVICE_NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 _DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
+
+_U32 = 0xFFFF_FFFF
 
 INTERRUPT_USED = 1
 INTERRUPT_CONFIG = 2
@@ -221,13 +224,8 @@ class VirtioMmio:
     def _activate(self) -> None:
         device, features = self.device, self._driver_features
         device.driver_features = features
-        queues: list[Virtqueue | None] = []
         try:
-            for number, setup in enumerate(self._queues):
-                queues.append(Virtqueue(
-                    f"{device.name} queue {number}", self.memory, setup.size, *setup.rings(),
-                    event_idx=bool(features >> F_EVENT_IDX & 1), indirect=bool(features >> F_INDIRECT_DESC & 1),
-                ) if setup.ready else None)
+            queues = self._make_queues()
         except GuestError as error:
             self.needs_reset(error)
             return
@@ -235,6 +233,90 @@ class VirtioMmio:
         for number, queue in enumerate(queues):
             if queue is not None:
                 self.requeue(number)  # buffers may have been made available before DRIVER_OK
+
+    def _make_queues(self) -> list[Virtqueue | None]:
+        features = self._driver_features
+        return [Virtqueue(
+            f"{self.device.name} queue {number}", self.memory, setup.size, *setup.rings(),
+            event_idx=bool(features >> F_EVENT_IDX & 1), indirect=bool(features >> F_INDIRECT_DESC & 1),
+        ) if setup.ready else None for number, setup in enumerate(self._queues)]
+
+    # -- snapshots, in a machine that stands still
+
+    def save(self) -> dict[str, object]:
+        """Registers and rings, and under `device` what the device has. Raises: HostError."""
+        rings = self.device.queues if self.device.active else []
+        queues = []
+        for number, setup in enumerate(self._queues):
+            ring = rings[number] if number < len(rings) else None
+            queues.append({"size": setup.size, "ready": setup.ready, "addresses": setup.addresses,
+                           "position": ring.position if ring is not None else 0})
+        return {
+            "window": self.windows.index(self.owner) if self.owner is not None else -1,
+            "status": self.status, "broken": self.broken, "config_generation": self.config_generation,
+            "device_features_sel": self._device_features_sel, "driver_features_sel": self._driver_features_sel,
+            "driver_features": self._driver_features, "queue_sel": self._queue_sel,
+            "used_pending": self._used_pending, "config_pending": self._config_pending,
+            "queues": queues, "device": self.device.save(),
+        }
+
+    def restore(self, state: Saved) -> None:
+        """Take over what `save` gave, in a slot that is as after power-on, and let the device work. Raises: SnapshotError."""
+        device = self.device
+        window = state.integer("window", -1, len(self.windows) - 1)
+        self.owner = self.windows[window] if window >= 0 else None
+        self.status, self.broken = state.integer("status", 0, _DRIVER_BITS), state.boolean("broken")
+        self.config_generation = state.integer("config_generation", 0, _U32)
+        self._device_features_sel = state.integer("device_features_sel", 0, _U32)
+        self._driver_features_sel = state.integer("driver_features_sel", 0, _U32)
+        self._queue_sel = state.integer("queue_sel", 0, _U32)
+        self._driver_features = features = state.integer("driver_features")
+        self._used_pending, self._config_pending = state.boolean("used_pending"), state.boolean("config_pending")
+        if self.status & FEATURES_OK and features & ~device.features:
+            raise state.error("driver_features", f"the guest's driver uses {features:#x}, and the device offers "
+                              f"{device.features:#x} on this host")
+        positions = self._restore_queues(state)
+        own = state.section("device")
+        state.end()
+        device.driver_features = features if self.status & FEATURES_OK else 0
+        if self.status & DRIVER_OK and not self.broken:
+            try:
+                queues = self._make_queues()
+            except GuestError as error:
+                raise state.error("queues", str(error)) from error
+            for queue, position in zip(queues, positions, strict=True):
+                if queue is not None:
+                    queue.seek(position)
+            device.activate(queues)
+        device.restore(own)
+        own.end()
+        if device.active:
+            for number, setup in enumerate(self._queues):
+                if setup.ready:
+                    self.requeue(number)  # a notification may have been on its way
+        # So may an interrupt: one too many does no harm, the driver looks at InterruptStatus.
+        if device.active and device.external_queues:
+            self._used_pending = True
+        if self._used_pending or self._config_pending:
+            self.interrupt.trigger()
+
+    def _restore_queues(self, state: Saved) -> list[int]:
+        """Set the queues up; the positions of their rings."""
+        saved = state.sections("queues")
+        if len(saved) != len(self._queues):
+            raise state.error("queues", f"{len(saved)} of them, and the device has {len(self._queues)}")
+        positions: list[int] = []
+        for setup, most, section in zip(self._queues, self.device.queue_sizes, saved, strict=True):
+            setup.size, setup.ready = section.integer("size", 1, most), section.boolean("ready")
+            if setup.size & (setup.size - 1):
+                raise section.error("size", f"{setup.size} is not a power of two")
+            addresses = section.integers("addresses", 0, _U32, len(setup.addresses))
+            if len(addresses) != len(setup.addresses):
+                raise section.error("addresses", f"not {len(setup.addresses)} numbers")
+            setup.addresses = addresses
+            positions.append(section.integer("position", 0, 0xFFFF))
+            section.end()
+        return positions
 
     # -- for the device
 

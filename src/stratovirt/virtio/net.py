@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from stratovirt.errors import StratoVirtError
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.vhost.net import VhostNet
     from stratovirt.virtio.device import Lock
 
@@ -220,6 +221,25 @@ class VirtioNet(VirtioDevice):
         self._tap_gone = True
         self._sync()
         self._pairs.disconnect()
+
+    def save(self) -> dict[str, object]:
+        # `cable`: whether the host has plugged it in, which a tap that is gone says nothing about
+        return {"cable": self.link_up or self._tap_gone, "pairs": self._pairs.wanted, "own_mac": self.filter.own_mac.hex(),
+                "filter": self.filter.save()}
+
+    def restore(self, state: Saved) -> None:
+        """The tap is the command line's. A frame that was being received is lost, as frames may be."""
+        cable, wanted = state.boolean("cable"), state.integer("pairs", 1, len(self.pairs))
+        state.data("own_mac", MAC_SIZE)
+        with self._work:
+            self.filter.restore(state.section("filter"))
+            self._pairs.enable(wanted)
+            if not cable and not self._tap_gone:
+                self.link_up = False
+            self._set_config()
+            done = self._sync()
+        if not done:
+            self._give_up()
 
     # -- what it is connected to
 

@@ -13,6 +13,10 @@ table of more than 64 addresses counts as "all of them", and there are 4096 VLAN
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.snapshot.saved import Saved
+
 CLASS_RX, CLASS_MAC, CLASS_VLAN, CLASS_MQ = 0, 1, 2, 4
 MQ_PAIRS_SET = 0  # of CLASS_MQ, which is the device's own
 RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST = range(6)
@@ -48,6 +52,40 @@ class ReceiveFilter:
         """The driver negotiated CTRL_VLAN: tagged frames pass once it has added their VLAN."""
         self._vlans = set()
         self._everything = False
+
+    # -- snapshots
+
+    def save(self) -> dict[str, object]:
+        return {
+            "mac": self.mac.hex(), "modes": [int(mode) for mode in self._modes],
+            "unicast": None if self._unicast is None else {"addresses": b"".join(sorted(self._unicast)).hex()},
+            "multicast": None if self._multicast is None else {"addresses": b"".join(sorted(self._multicast)).hex()},
+            "vlans": None if self._vlans is None else {"ids": sorted(self._vlans)},
+        }
+
+    def restore(self, state: Saved) -> None:
+        """Raises: SnapshotError."""
+        self.mac = state.data("mac", MAC_SIZE)
+        modes = state.integers("modes", 0, 1, len(self._modes))
+        if len(modes) != len(self._modes):
+            raise state.error("modes", f"not {len(self._modes)} of them")
+        self._modes = [mode != 0 for mode in modes]
+        self._unicast, self._multicast = self._addresses(state, "unicast"), self._addresses(state, "multicast")
+        vlans = state.optional_section("vlans")
+        self._vlans = None if vlans is None else set(vlans.integers("ids", 0, MAX_VLAN - 1, MAX_VLAN))
+        state.end()
+        self._everything = self._modes[RX_PROMISC] and self._vlans is None
+
+    @staticmethod
+    def _addresses(state: Saved, name: str) -> frozenset[bytes] | None:
+        section = state.optional_section(name)
+        if section is None:
+            return None
+        table = section.data("addresses", limit=MAX_ADDRESSES * MAC_SIZE)
+        if len(table) % MAC_SIZE:
+            raise section.error("addresses", f"not addresses of {MAC_SIZE} bytes")
+        section.end()
+        return _table(table)
 
     # -- frames
 

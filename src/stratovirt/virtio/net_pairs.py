@@ -103,6 +103,11 @@ class Pairs:
 
     # -- which are in use
 
+    @property
+    def wanted(self) -> int:
+        """How many the driver uses."""
+        return self._wanted
+
     def enable(self, count: int) -> bool:
         """Let the first `count` be in use; `sync` comes after. False: the tap refuses, and the log has it."""
         self._wanted = count

@@ -2,7 +2,7 @@
 
     queue 0  rx      to the guest      served by the kernel
     queue 1  tx      from the guest    served by the kernel
-    queue 2  event   transport events  ours, and silent: it speaks after a migration only
+    queue 2  event   transport events  ours: it says that connections are gone, after a restored snapshot
 
 Config space: u64 guest_cid. The kernel signals an eventfd for each interrupt, and not KVM's irqfd: a driver of a virtio-mmio
 device reads InterruptStatus, which only the transport can set. So every interrupt passes through the loop.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from stratovirt.loop import EventLoop
     from stratovirt.memory import GuestMemory
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.virtio.queue import Chain, Virtqueue
 
 VHOST_VSOCK = "/dev/vhost-vsock"
@@ -34,6 +35,9 @@ RX, TX, EVENT = 0, 1, 2
 _OPTION = "-device vhost-vsock-device"
 _OURS = 1 << F_VERSION_1 | 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX | 1 << F_SEQPACKET
 _EBUSY, _EADDRINUSE = 16, 98
+
+
+_TRANSPORT_RESET = bytes(4)  # struct virtio_vsock_event { le32 id; }, and the only id there is
 
 
 class VhostVsock(VirtioDevice):
@@ -52,6 +56,8 @@ class VhostVsock(VirtioDevice):
         self._backend = backend
         self._on_error = on_error
         self._running = False
+        self._paused = False
+        self._reset_due = False  # the driver has to hear that all connections are gone
         self._call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._error_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         loop.add(self._call_fd, READ, self._on_call)
@@ -75,13 +81,13 @@ class VhostVsock(VirtioDevice):
     def _start(self, queues: list[Virtqueue | None]) -> None:
         transport, backend = self.transport, self._backend
         rings = (queues[RX], queues[TX])
-        if transport is None or None in rings:
+        if transport is None or None in rings or self._paused:
             return  # a driver without its queues: there is nothing to serve
         backend.set_features(self.driver_features)
         for index, queue in enumerate(rings):
             if queue is not None:
                 backend.set_ring(index, queue.size, queue.descriptor_table, queue.avail_ring, queue.used_ring,
-                                 transport.notify_fds[index], self._call_fd, self._error_fd)
+                                 transport.notify_fds[index], self._call_fd, self._error_fd, queue.position)
         self._set_running(True)
 
     def _set_running(self, running: bool) -> None:
@@ -98,6 +104,45 @@ class VhostVsock(VirtioDevice):
 
     def on_reset(self) -> None:
         self._stop()
+        self._reset_due = False
+
+    def pause(self) -> None:
+        """The kernel rests, and the queues know how far it has come."""
+        with self._work:
+            self._paused = True
+            if not self._running:
+                return
+            self._stop()
+            try:
+                for index in (RX, TX):
+                    queue, position = self.queues[index], self._backend.ring_base(index)
+                    if queue is not None:
+                        queue.seek(position)
+            except HostError as error:
+                self._report(error)
+
+    def resume(self) -> None:
+        with self._work:
+            was_paused, self._paused = self._paused, False
+            if not was_paused or not self.active:
+                return
+            try:
+                self._start(self.queues)
+                return
+            except HostError as error:
+                self._report(error)
+                self._stop()
+                self.active = False
+        if self.transport is not None:
+            self.transport.needs_reset(GuestError(self.name, "the host cannot serve its rings"))
+
+    def save(self) -> dict[str, object]:
+        return {"reset_due": self._reset_due}
+
+    def restore(self, state: Saved) -> None:
+        """No connection outlives its machine. The driver hears so, and reads the guest's CID anew, which may be another."""
+        state.boolean("reset_due")
+        self._reset_due = self.active
 
     def _report(self, error: HostError) -> None:
         if self._on_error is not None:
@@ -122,10 +167,17 @@ class VhostVsock(VirtioDevice):
     # -- the event queue
 
     def ready(self, index: int) -> bool:
-        return False  # its buffers stay with the device until there is an event
+        return self._reset_due  # its buffers stay with the device until there is an event
 
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
-        return 0
+        if chain.writable_length < len(_TRANSPORT_RESET):
+            raise GuestError(self.name, f"an event buffer of {chain.writable_length} bytes", "VIRTIO 1.2, 5.10.6.7")
+        rest = _TRANSPORT_RESET
+        for view in chain.writable:
+            part, rest = rest[: len(view)], rest[len(view) :]
+            view[: len(part)] = part
+        self._reset_due = False
+        return len(_TRANSPORT_RESET)
 
 
 def open_backend(guest_cid: int, fd: int | None, memory: GuestMemory, path: str = VHOST_VSOCK) -> KernelVhost:

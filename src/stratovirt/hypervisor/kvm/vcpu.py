@@ -25,11 +25,12 @@ class KvmVcpu:
     that belongs to the exit reason.
     """
 
-    __slots__ = ("fd", "id", "page", "page16", "page32", "page64", "vm")
+    __slots__ = ("cpuid", "fd", "id", "page", "page16", "page32", "page64", "vm")
 
     def __init__(self, vm: KvmVm, vcpu_id: int, mmap_size: int) -> None:
         self.vm = vm
         self.id = vcpu_id
+        self.cpuid = b""  # the table that it was given; what KVM reports is not always that
         self.fd = vm.create_vcpu(vcpu_id)
         page = memoryview(mmap.mmap(self.fd, mmap_size, flags=mmap.MAP_SHARED))
         self.page = page
@@ -54,7 +55,29 @@ class KvmVcpu:
 
     def set_cpuid(self, entries: bytes) -> None:
         """The CPUID table the guest reads: struct kvm_cpuid_entry2 after kvm_cpuid_entry2."""
+        self.cpuid = entries
         self._set("KVM_SET_CPUID2", uapi.KVM_SET_CPUID2, struct.pack("<II", len(entries) // 40, 0) + entries)
+
+    def tsc_khz(self) -> int:
+        """0: this KVM does not say."""
+        try:
+            return fcntl.ioctl(self.fd, uapi.KVM_GET_TSC_KHZ, 0)
+        except OSError:
+            return 0
+
+    def set_tsc_khz(self, khz: int) -> None:
+        try:
+            fcntl.ioctl(self.fd, uapi.KVM_SET_TSC_KHZ, khz)
+        except OSError as error:
+            raise HostError.from_os(f"KVM_SET_TSC_KHZ of vCPU {self.id}", error) from error
+
+    def tell_paused(self) -> bool:
+        """Mark in the guest's kvmclock that it stood still, so that its watchdogs do not bark. False: it uses none."""
+        try:
+            fcntl.ioctl(self.fd, uapi.KVM_KVMCLOCK_CTRL, 0)
+        except OSError:
+            return False
+        return True
 
     def set_msrs(self, values: list[tuple[int, int]]) -> list[int]:
         """Write MSRs; returns the indices that KVM refused."""
@@ -109,12 +132,16 @@ class KvmVcpu:
     def set_mp_state(self, state: int) -> None:
         self._set("KVM_SET_MP_STATE", uapi.KVM_SET_MP_STATE, struct.pack("<I", state))
 
-    def get_rest(self) -> dict[int, bytearray]:
-        """FPU, extended state, debug registers and pending events, keyed by the ioctl that sets each of them."""
+    def get_rest(self, xsave_size: int = uapi.SIZEOF_XSAVE) -> dict[int, bytearray]:
+        """FPU, extended state, debug registers and pending events, keyed by the ioctl that sets each of them.
+
+        `xsave_size` is what KVM_CAP_XSAVE2 says, where the processor has more extended state than the 4096 bytes of old.
+        """
+        get_xsave = uapi.KVM_GET_XSAVE if xsave_size <= uapi.SIZEOF_XSAVE else uapi.KVM_GET_XSAVE2
         state = {
             uapi.KVM_SET_FPU: self._get("KVM_GET_FPU", uapi.KVM_GET_FPU, uapi.SIZEOF_FPU),
             uapi.KVM_SET_XCRS: self._get("KVM_GET_XCRS", uapi.KVM_GET_XCRS, uapi.SIZEOF_XCRS),
-            uapi.KVM_SET_XSAVE: self._get("KVM_GET_XSAVE", uapi.KVM_GET_XSAVE, uapi.SIZEOF_XSAVE),
+            uapi.KVM_SET_XSAVE: self._get("KVM_GET_XSAVE", get_xsave, max(xsave_size, uapi.SIZEOF_XSAVE)),
             uapi.KVM_SET_DEBUGREGS: self._get("KVM_GET_DEBUGREGS", uapi.KVM_GET_DEBUGREGS, uapi.SIZEOF_DEBUGREGS),
             uapi.KVM_SET_VCPU_EVENTS: self._get("KVM_GET_VCPU_EVENTS", uapi.KVM_GET_VCPU_EVENTS, uapi.SIZEOF_VCPU_EVENTS),
         }
@@ -122,7 +149,7 @@ class KvmVcpu:
             del state[uapi.KVM_SET_XCRS]
         return state
 
-    def set_rest(self, state: dict[int, bytearray]) -> None:
+    def set_rest(self, state: dict[int, bytearray] | dict[int, bytes]) -> None:
         for request, value in state.items():
             self._set(f"ioctl {request:#x}", request, value)
 

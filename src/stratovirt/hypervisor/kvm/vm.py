@@ -116,6 +116,17 @@ class KvmVm:
     def set_timer(self, state: bytearray) -> None:
         self._ioctl("KVM_SET_PIT2", uapi.KVM_SET_PIT2, bytes(state))
 
+    def get_clock(self) -> int:
+        """What the guest's kvmclock says, in nanoseconds since the machine was made."""
+        # struct kvm_clock_data { u64 clock; u32 flags, pad0; u64 realtime, host_tsc; u32 pad[4]; }
+        state = bytearray(uapi.SIZEOF_CLOCK)
+        self._ioctl("KVM_GET_CLOCK", uapi.KVM_GET_CLOCK, state)
+        (clock,) = struct.unpack_from("<Q", state)
+        return int(clock)
+
+    def set_clock(self, nanoseconds: int) -> None:
+        self._ioctl("KVM_SET_CLOCK", uapi.KVM_SET_CLOCK, struct.pack("<Q40x", nanoseconds))
+
     def create_vcpu(self, vcpu_id: int) -> int:
         """A file descriptor for a new vCPU; its local APIC id is `vcpu_id`."""
         return self._ioctl("KVM_CREATE_VCPU", uapi.KVM_CREATE_VCPU, vcpu_id)

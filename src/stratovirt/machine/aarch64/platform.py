@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stratovirt.arch.aarch64 import layout
 from stratovirt.devices.pl031 import Pl031
+from stratovirt.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.devices.pl011 import Pl011
     from stratovirt.machine.aarch64.processors import Wiring
+    from stratovirt.snapshot.saved import Saved
 
 
 class PlatformDevices:
@@ -36,6 +38,14 @@ class PlatformDevices:
         self._mmio.claim(layout.SERIAL, layout.BOOT_TIME - layout.SERIAL, self.serial)
         self._mmio.claim(layout.BOOT_TIME, BootTime.SIZE, boot_time)
         self._mmio.claim(behind, layout.SERIAL + layout.SERIAL_SIZE - behind, Shifted(self.serial, behind - layout.SERIAL))
+
+    def save(self) -> dict[str, object]:
+        """What a snapshot would keep. Raises: HostError."""
+        raise HostError("there are no snapshots of arm64 machines yet")
+
+    def restore(self, state: Saved) -> None:
+        """Raises: HostError."""
+        raise HostError("there are no snapshots of arm64 machines yet")
 
     def reset(self) -> None:
         """All of them, as after power-on. Thread: main, while no vCPU runs."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stratovirt.loop import EventLoop
     from stratovirt.machine import kvm
     from stratovirt.machine.vcpus import VcpuThreads
+    from stratovirt.snapshot.saved import Saved
 
     class LevelLine(Protocol):
         def set_level(self, high: bool) -> None: ...
@@ -106,6 +107,14 @@ class Processors:
         self._init(self._enabled)
         if self._gic is not None:
             self._gic.reset()
+
+    def save(self) -> dict[str, object]:
+        """What a snapshot would keep. Raises: HostError."""
+        raise HostError("there are no snapshots of arm64 machines yet")
+
+    def restore(self, state: Saved) -> None:
+        """Raises: HostError."""
+        raise HostError("there are no snapshots of arm64 machines yet")
 
     def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
         """There is nothing to watch: kernels switch off with PSCI, and KVM says so."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stratovirt.hypervisor.kvm.system import KvmSystem
     from stratovirt.loop import EventLoop
     from stratovirt.machine.vcpus import VcpuThreads
+    from stratovirt.snapshot.saved import Saved
 
 
 class Processors:
@@ -41,6 +42,18 @@ class Processors:
     def reset(self) -> None:
         """Back to where `create` left them. Call it while no vCPU runs."""
         reset_processors(self._system, self.vm, self.vcpus)
+
+    def save(self) -> dict[str, object]:
+        """What a snapshot keeps of them. Call it while no vCPU runs. Raises: SnapshotError, HostError."""
+        from stratovirt.machine.x86_64 import saved_processors
+
+        return saved_processors.save(self._system, self.vm, self.vcpus)
+
+    def restore(self, state: Saved) -> None:
+        """Go on from what `save` gave. Call it after `create`, before any vCPU runs. Raises: SnapshotError, HostError."""
+        from stratovirt.machine.x86_64 import saved_processors
+
+        saved_processors.restore(self._system, self.vm, self.vcpus, state)
 
     def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
         """Call `on_dead` when no processor can ever run again."""

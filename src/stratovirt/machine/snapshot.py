@@ -1,0 +1,209 @@
+"""Taking a snapshot of a machine, and building a machine from one.
+
+    take     checks → temporary files → pause → drained devices, processors, RAM → sync, rename; the machine stays paused
+    restore  state read and checked → RAM mapped → devices into the slots they had → all of them and the processors set
+
+What stands in the way of a snapshot leaves the machine as it was, running if it ran. What stands in the way of a restore
+ends the start with one line that names the option, or the field of the state file.
+
+Thread: the main loop's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from stratovirt import log
+from stratovirt.errors import ConfigError, StateError, StratoVirtError
+from stratovirt.hostmap import ARCHITECTURE
+from stratovirt.machine.board import layout
+from stratovirt.machine.drivers import BLOCK, NET
+from stratovirt.machine.kvm import KvmAccelerator
+from stratovirt.machine.lifecycle import PAUSED, RUNNING
+from stratovirt.snapshot import memory_file, state_file
+from stratovirt.snapshot.saved import Saved, SnapshotError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.arch.x86_64.layout import Slot
+    from stratovirt.config.vm import DeviceConfig, VmConfig
+    from stratovirt.machine.microvm import MicroVm
+    from stratovirt.machine.slots import OccupiedSlot
+    from stratovirt.memory import RamRegion
+
+_ARCHITECTURES = ("x86_64",)
+_EMPTY_KINDS = {"virtio-blk": BLOCK, "virtio-net": NET}  # devices that wait in replaceable slots, by their names
+
+
+def take(machine: MicroVm, directory: str) -> None:
+    """Write a snapshot of `machine` into `directory`, and leave it paused.
+
+    Raises: StateError, SnapshotError, HostError; the machine is then as it was.
+    """
+    if machine.state not in (RUNNING, PAUSED):
+        raise StateError("a snapshot", machine.state, f"{RUNNING} or {PAUSED}")
+    accelerator = machine.accelerator
+    if ARCHITECTURE not in _ARCHITECTURES:
+        raise SnapshotError(f"there are no snapshots of {ARCHITECTURE} machines yet")
+    if not isinstance(accelerator, KvmAccelerator) or machine.platform is None:
+        raise SnapshotError("the test accelerator has no processors to save")
+    if machine.config.vhost_users:
+        raise SnapshotError("a device whose back end is another process (vhost-user) cannot be saved")
+    writer = state_file.Writer(directory)
+    was_running = machine.state == RUNNING
+    try:
+        machine.pause()
+        for occupied in machine.slots:
+            occupied.device.pause()  # with -S nobody has told them yet
+        if machine.is_asked:
+            raise SnapshotError("the guest has just asked for a reset or power-off")
+        id = os.urandom(state_file.ID_SIZE).hex()
+        state: dict[str, object] = {
+            "magic": state_file.MAGIC, "version": state_file.VERSION, "architecture": ARCHITECTURE, "id": id,
+            "created": int(time.time()), "machine": _describe(machine.config),
+            "processors": accelerator.processors.save(),
+            "platform": machine.platform.save(),
+            "slots": [_save_slot(occupied) for occupied in machine.slots],
+        }
+        offsets = memory_file.write(writer.memory_fd, machine.memory.regions, id)
+        state["memory"] = [{"base": region.base, "size": region.size, "offset": offset}
+                           for region, offset in zip(machine.memory.regions, offsets, strict=True)]
+        writer.commit(state)
+    except (StratoVirtError, OSError):
+        writer.abandon()
+        if was_running:
+            machine.resume()
+        raise
+    log.info(f"snapshot {id} is in {directory}")
+
+
+def _describe(config: VmConfig) -> dict[str, object]:
+    """What the command line of a restore must say as well."""
+    smp = config.smp
+    return {
+        "type": config.machine_type, "memory": config.memory_size, "cpus": smp.cpus, "max_cpus": smp.max_cpus,
+        "sockets": smp.sockets, "dies": smp.dies, "clusters": smp.clusters, "cores": smp.cores, "threads": smp.threads,
+    }
+
+
+def _save_slot(occupied: OccupiedSlot) -> dict[str, object]:
+    return {"slot": occupied.slot.number, "id": occupied.id, "kind": occupied.device.name, **occupied.transport.save()}
+
+
+class _Told:
+    """Errors inside it are said to be those of `-incoming`."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, SnapshotError):
+            raise ConfigError(str(error), option="-incoming", value=f"file:{self._directory}") from error
+
+
+class Incoming:
+    """The snapshot that the machine of `config` is built from. Raises: ConfigError from everything; HostError from KVM."""
+
+    def __init__(self, config: VmConfig) -> None:
+        assert config.incoming is not None  # the caller has looked
+        self._directory, self._mapped = config.incoming.directory, config.incoming.mapped
+        self._told = _Told(self._directory)
+        with self._told:
+            self._state = state = Saved(state_file.read(self._directory))
+            state.text("magic")
+            state.integer("version")
+            architecture = state.text("architecture")
+            if architecture != ARCHITECTURE or architecture not in _ARCHITECTURES:
+                raise state.error("architecture", f"{architecture!a}, and this host is {ARCHITECTURE}")
+            self._id = state.data("id", state_file.ID_SIZE).hex()
+            state.integer("created")
+            self._check_machine(config, state.section("machine"))
+            self._slots = self._read_slots(config, state)
+            self._open_memory(config, state)
+
+    def _check_machine(self, config: VmConfig, saved: Saved) -> None:
+        for name, ours in _describe(config).items():
+            if isinstance(ours, str):
+                theirs: object = saved.text(name)
+            else:
+                theirs = saved.integer(name)
+            if theirs != ours:
+                option = "-m" if name == "memory" else "-machine" if name == "type" else "-smp"
+                raise SnapshotError(f"machine.{name}: the snapshot is of a machine with {theirs}, and {option} says {ours}")
+        saved.end()
+
+    # -- slots
+
+    def _read_slots(self, config: VmConfig, state: Saved) -> list[tuple[int, str, str, Saved]]:
+        """(number, id, kind, state) of each, when all devices of the command line are there, and no others."""
+        found: list[tuple[int, str, str, Saved]] = []
+        wanted = {device.id for device in config.devices}
+        for section in state.sections("slots", layout.VIRTIO_SLOTS):
+            number, id, kind = section.integer("slot", 0, layout.VIRTIO_SLOTS - 1), section.text("id"), section.text("kind")
+            if any(number == other[0] or (id and id == other[1]) for other in found):
+                raise section.error("slot", "another device has the same slot, or the same id")
+            if not id and kind not in _EMPTY_KINDS:
+                raise section.error("kind", f"{kind!a} is no device of a replaceable slot")
+            if id and id not in wanted:
+                raise section.error("id", f"the snapshot has a {kind} device {id!a}, and there is no -device with that id")
+            found.append((number, id, kind, section))
+        return found
+
+    def slots_of(self, devices: list[DeviceConfig]) -> list[Slot]:
+        """The slot of each device: the one that it had."""
+        with self._told:
+            numbers = {id: number for number, id, _, _ in self._slots if id}
+            for device in devices:
+                if device.id not in numbers:
+                    raise SnapshotError(f"-device {device.driver},id={device.id}: the snapshot has no such device "
+                                        f"({', '.join(sorted(numbers)) or 'none at all'})")
+            return [layout.slot(numbers[device.id]) for device in devices]
+
+    def empty_slots(self) -> list[tuple[str, Slot]]:
+        """The replaceable slots that nothing was in, each with its kind."""
+        return [(_EMPTY_KINDS[kind], layout.slot(number)) for number, id, kind, _ in self._slots if not id]
+
+    # -- memory
+
+    def _open_memory(self, config: VmConfig, state: Saved) -> None:
+        self._offsets: dict[int, int] = {}
+        expected = layout.ram_ranges(config.memory_size)
+        end = 0
+        sections = state.sections("memory", 16)
+        if len(sections) != len(expected):
+            raise state.error("memory", f"{len(sections)} runs of RAM, and the machine has {len(expected)}")
+        for section, (base, size) in zip(sections, expected, strict=True):
+            for name, value in (("base", base), ("size", size), ("offset", end)):
+                if section.integer(name) != value:
+                    raise section.error(name, f"not {value}, where this machine has it")
+            section.end()
+            self._offsets[base] = end
+            end += size
+        self._fd = memory_file.open_file(os.path.join(self._directory, state_file.MEMORY), end, self._id)
+
+    def load_memory(self, region: RamRegion) -> None:
+        with self._told:
+            memory_file.load(self._fd, region, self._offsets[region.base], self._mapped)
+
+    # -- the rest, once everything is plugged in
+
+    def restore(self, machine: MicroVm) -> None:
+        """Set devices and processors. Before any thread runs."""
+        accelerator, platform = machine.accelerator, machine.platform
+        with self._told:
+            if not isinstance(accelerator, KvmAccelerator) or platform is None:
+                raise SnapshotError("only machines with -accel kvm have snapshots")
+            occupied = {each.slot.number: each for each in machine.slots}
+            for number, _, kind, state in self._slots:
+                device = occupied[number].device
+                if device.name != kind:
+                    raise state.error("kind", f"{kind!a}, and the machine has {device.name} there")
+                occupied[number].transport.restore(state)
+            platform.restore(self._state.section("platform"))
+            accelerator.processors.restore(self._state.section("processors"))
+            self._state.end()
+        log.info(f"restored from snapshot {self._id}")

@@ -1,0 +1,146 @@
+"""The memory file of a snapshot: guest RAM as it is, with holes where it is zero, and a last page that says whose it is.
+
+Layout: the runs of RAM one after the other, each at the offset that the state file has for it; then a page that begins with
+`stratovirt memory ID`, zero-filled. A file of another length, or with another id, does not belong to the state.
+
+It is mapped copy-on-write at a restore: nothing is read before the guest touches it, and machines of one snapshot share the
+page cache. So it must not change while one of them lives. Where memory has a file of its own (`mem-share`, `-mem-path`) it is
+read instead, holes left out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from stratovirt.errors import HostError
+from stratovirt.hostmap import PAGE_SIZE, is_zero
+from stratovirt.snapshot.saved import SnapshotError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from stratovirt.memory import RamRegion
+
+_STEP = 1 << 20  # first look: is all of it zero?
+_BLOCK = 64 << 10  # what is written or left out
+_MARK = "stratovirt memory "
+
+
+def _last_page(id: str) -> bytes:
+    return (_MARK + id + "\n").encode().ljust(PAGE_SIZE, b"\0")
+
+
+def write(fd: int, regions: list[RamRegion], id: str) -> list[int]:
+    """Write RAM to the empty file `fd`; the offset of each region. Thread: main, while nothing of the guest runs.
+
+    Raises: SnapshotError when the disk is full or fails.
+    """
+    offsets: list[int] = []
+    end = 0
+    try:
+        for region in regions:
+            offsets.append(end)
+            _write_region(fd, region, end)
+            end += region.size
+        _write(fd, memoryview(_last_page(id)), end)
+    except OSError as error:
+        raise SnapshotError(f"writing the memory of the guest: {os.strerror(error.errno or 0)}") from error
+    return offsets
+
+
+def _write_region(fd: int, region: RamRegion, start: int) -> None:
+    """Runs of blocks that are not zero, each with one call."""
+    view, size = region.u8, region.size
+    run = -1
+    for step in range(0, size, _STEP):
+        end = min(step + _STEP, size)
+        if is_zero(view[step:end]):
+            if run >= 0:
+                _write(fd, view[run:step], start + run)
+                run = -1
+            continue
+        for block in range(step, end, _BLOCK):
+            if is_zero(view[block : min(block + _BLOCK, end)]):
+                if run >= 0:
+                    _write(fd, view[run:block], start + run)
+                    run = -1
+            elif run < 0:
+                run = block
+    if run >= 0:
+        _write(fd, view[run:], start + run)
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwritev(fd, [data], offset)
+        data, offset = data[done:], offset + done
+
+
+def open_file(path: str, size: int, id: str) -> int:
+    """A descriptor of the memory file that belongs to the state `id`, of `size` bytes of RAM. Raises: SnapshotError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise SnapshotError("the file `memory` is missing") from None
+    except OSError as error:
+        raise SnapshotError(f"the file `memory`: {os.strerror(error.errno or 0)}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SnapshotError("the file `memory` is not a regular file")
+        if status.st_size != size + PAGE_SIZE:
+            raise SnapshotError(f"the file `memory` has {status.st_size} bytes, and the state says {size + PAGE_SIZE}: "
+                                "it is not whole, or not of this snapshot")
+        if os.pread(fd, PAGE_SIZE, size) != _last_page(id):
+            raise SnapshotError("the file `memory` is of another snapshot than the file `state`")
+    except OSError as error:
+        os.close(fd)
+        raise SnapshotError(f"the file `memory`: {os.strerror(error.errno or 0)}") from error
+    except SnapshotError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def load(fd: int, region: RamRegion, offset: int, mapped: bool) -> None:
+    """Let `region` hold what the file has at `offset`: mapped copy-on-write, or else read.
+
+    Raises: SnapshotError when it cannot be read, HostError when it cannot be mapped.
+    """
+    if mapped and region.host.fd < 0:
+        region.host.map_file(0, fd, offset, region.size)
+        return
+    clear = region.host.fd >= 0  # a file of its own may hold something already
+    position, end = offset, offset + region.size
+    try:
+        while position < end:
+            try:
+                data = min(os.lseek(fd, position, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = end  # a hole up to the end
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
+            if clear:
+                _clear(region.u8[position - offset : data - offset])
+            _read(fd, region.u8[data - offset : hole - offset], data)
+            position = hole
+    except OSError as error:
+        raise SnapshotError(f"the file `memory`: {os.strerror(error.errno or 0)}") from error
+
+
+def _read(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        done = os.preadv(fd, [view], offset)
+        if not done:
+            raise HostError("the file `memory` became shorter while it was read")
+        view, offset = view[done:], offset + done
+
+
+def _clear(view: memoryview) -> None:
+    zeroes = bytes(min(len(view), _STEP))
+    for start in range(0, len(view), _STEP):
+        part = view[start : start + _STEP]
+        if not is_zero(part):
+            part[:] = zeroes[: len(part)]

@@ -1,0 +1,200 @@
+"""The state file of a snapshot: JSON with a head that says what it is, written so that it is there whole or not at all.
+
+A snapshot is a directory with two files. `memory` is guest RAM (`memory_file.py`), `state` everything else:
+
+    magic "STRATOVIRT"    version    architecture    id (32 hexadecimal digits, in both files)    created (seconds since 1970)
+    machine     what the machine must be started as        processors  vCPUs, interrupt chips, timer, clock
+    memory      where each run of RAM lies in `memory`     platform    devices that every machine has
+    slots       the virtio devices
+
+Bytes are hexadecimal digits, one value a line, so that two states can be compared with `diff`. Numbers that name something
+(a machine's memory, a register) are plain.
+
+A version is raised when an older program would misread the file; `UPGRADES` then gets a function from the version before. An
+older file is brought up to date in memory, step by step; a newer one is refused.
+
+Both files are written under temporary names, synced, and renamed, `state` last. While there is no `state` there is no
+snapshot, and a snapshot that is replaced loses its `state` before its `memory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+
+from stratovirt.snapshot.saved import Saved, SnapshotError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+MAGIC = "STRATOVIRT"
+VERSION = 1
+STATE, MEMORY = "state", "memory"
+MAX_STATE = 64 << 20
+ID_SIZE = 16
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From a version to the next: gets the whole state and gives the new one, all but its `version`."""
+
+
+def encode(state: dict[str, Any]) -> bytes:
+    return json.dumps(state, indent=1).encode() + b"\n"
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The state, brought up to VERSION. Raises: SnapshotError."""
+    try:
+        state: Any = json.loads(data, object_pairs_hook=_object)
+    except RecursionError:
+        raise SnapshotError("the state file is nested too deeply") from None
+    except ValueError as error:  # also what is no UTF-8, or a number of thousands of digits
+        raise SnapshotError(f"the state file is not JSON, or only the beginning of it: {error}") from None
+    if type(state) is not dict:
+        raise SnapshotError("the state file is not a snapshot's")
+    head = Saved(state)
+    if head.text("magic") != MAGIC:
+        raise head.error("magic", f"not {MAGIC}: this is not the state file of a snapshot")
+    version = head.integer("version")
+    if version > VERSION:
+        raise head.error("version", f"{version} is newer than this program, which knows versions up to {VERSION}")
+    while version < VERSION:
+        upgrade = UPGRADES.get(version)
+        if upgrade is None:
+            raise head.error("version", f"{version} is unknown; this program knows {min((*UPGRADES, VERSION))} to {VERSION}")
+        try:
+            state = upgrade(state)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise SnapshotError(f"a state of version {version} that is damaged: {error!r}") from error
+        version += 1
+        state["version"] = version
+    whole: dict[str, Any] = state
+    return whole
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def read(directory: str) -> dict[str, Any]:
+    """The state of the snapshot in `directory`. Raises: SnapshotError."""
+    path = os.path.join(directory, STATE)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise SnapshotError("there is no snapshot: the file `state` is missing" if os.path.isdir(directory)
+                            else "there is no such directory") from None
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"the file `state`: {_words(error)}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SnapshotError("the file `state` is not a regular file")
+        if status.st_size > MAX_STATE:
+            raise SnapshotError(f"the file `state` is larger than {MAX_STATE >> 20} MiB")
+        data = bytearray()
+        while len(data) <= MAX_STATE and (part := os.read(fd, 1 << 20)):
+            data += part
+    except OSError as error:
+        raise SnapshotError(f"the file `state`: {_words(error)}") from error
+    finally:
+        os.close(fd)
+    return decode(bytes(data))
+
+
+def _words(error: OSError | ValueError) -> str:
+    return os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+
+
+def fields(state: dict[str, object], place: str = "") -> Iterator[tuple[str, object]]:
+    """Every value of a state with its place, for people to look at."""
+    for name, value in state.items():
+        where = f"{place}.{name}" if place else name
+        if isinstance(value, dict):
+            yield from fields(value, where)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, each in enumerate(value):
+                yield from fields(each, f"{where}[{number}]")
+        else:
+            yield where, value
+
+
+class Writer:
+    """Writes a snapshot into `directory`, which is created if need be: `memory_fd` first, then `commit`, or else `abandon`.
+
+    Until `commit`, whatever was in the directory stays. Raises: SnapshotError, from everything.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        mark = os.urandom(4).hex()
+        self._temporary = {name: os.path.join(directory, f".{name}.{mark}") for name in (STATE, MEMORY)}
+        self._open: dict[str, int] = {}
+        try:
+            try:
+                os.mkdir(directory, 0o700)
+            except FileExistsError:
+                if not os.path.isdir(directory):
+                    raise SnapshotError(f"{directory}: this is not a directory") from None
+            for name in (MEMORY, STATE):
+                self._open[name] = os.open(self._temporary[name], os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except (OSError, ValueError) as error:
+            self.abandon()
+            raise SnapshotError(f"{directory}: {_words(error)}") from error
+
+    @property
+    def memory_fd(self) -> int:
+        return self._open[MEMORY]
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Put both files in their places. Raises: SnapshotError, and there is no snapshot in the directory then or the old."""
+        final = {name: os.path.join(self._directory, name) for name in (STATE, MEMORY)}
+        try:
+            fd, rest = self._open[STATE], memoryview(encode(state))
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            for fd in self._open.values():
+                os.fdatasync(fd)
+            with contextlib.suppress(FileNotFoundError):  # else nothing is replaced
+                os.unlink(final[STATE])
+            os.rename(self._temporary[MEMORY], final[MEMORY])
+            os.rename(self._temporary[STATE], final[STATE])
+            _sync_name(self._open[STATE])
+        except OSError as error:
+            self.abandon()
+            raise SnapshotError(f"{self._directory}: {_words(error)}") from error
+        self._close()
+
+    def _close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def abandon(self) -> None:
+        """Leave nothing of it behind. Idempotent; what cannot be removed stays under its temporary name."""
+        self._close()
+        for path in self._temporary.values():
+            try:
+                os.unlink(path)
+            except OSError:
+                continue  # renamed, never made, or on a disk that takes no more changes
+
+
+def _sync_name(fd: int) -> None:
+    """The file's new name, and all that was renamed before it, are on disk: the name changed in one transaction with the inode.
+
+    A write that is synced whole (RWF_SYNC) is an fsync, which the main thread's filter does not have.
+    """
+    size = os.fstat(fd).st_size
+    try:
+        os.pwritev(fd, [b"\n"], size - 1, os.RWF_SYNC)  # what is there already
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
