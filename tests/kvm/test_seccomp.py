@@ -362,6 +362,7 @@ def test_what_strace_sees_is_what_is_allowed(launch, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as terminal:
         terminal.connect(str(console))
         assert client.ask("stop") == {}
+        assert client.ask("migrate", uri=f"file:{tmp_path / 'snapshot'}") == {}
         assert client.ask("cont") == {}
         added = {"node-name": "d9", "driver": "raw", "cache": {"direct": False},
                  "file": {"driver": "file", "filename": str(image(tmp_path / "disk9")), "aio": "threads"}}
