@@ -58,7 +58,7 @@ def take(machine: MicroVm, directory: str) -> None:
             occupied.device.pause()  # with -S nobody has told them yet
         if machine.is_asked:
             raise SnapshotError("the guest has just asked for a reset or power-off")
-        id = os.urandom(state_file.ID_SIZE).hex()
+        id = state_file.random_bytes(state_file.ID_SIZE).hex()
         state: dict[str, object] = {
             "magic": state_file.MAGIC, "version": state_file.VERSION, "architecture": ARCHITECTURE, "id": id,
             "created": int(time.time()), "machine": _describe(machine.config),

@@ -42,6 +42,15 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """From a version to the next: gets the whole state and gives the new one, all but its `version`."""
 
 
+def random_bytes(count: int) -> bytes:
+    """As from os.urandom, by calls that the main thread's filter has. Raises: OSError."""
+    fd = os.open("/dev/urandom", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, count)
+    finally:
+        os.close(fd)
+
+
 def encode(state: dict[str, Any]) -> bytes:
     return json.dumps(state, indent=1).encode() + b"\n"
 
@@ -134,7 +143,10 @@ class Writer:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        mark = os.urandom(4).hex()
+        try:
+            mark = random_bytes(4).hex()
+        except OSError as error:
+            raise SnapshotError(f"/dev/urandom: {_words(error)}") from error
         self._temporary = {name: os.path.join(directory, f".{name}.{mark}") for name in (STATE, MEMORY)}
         self._open: dict[str, int] = {}
         try:
