@@ -20,7 +20,7 @@ help:
 	@echo "                                the emulated host, x86_64 or arm64: a shell in it, or one command's output"
 	@echo "make test [TIER=unit|kvm|fuzz|readme|lab-x86|lab-arm] [LONG=1]"
 	@echo "                                checks and tests; all tiers, or one; LONG=1: the long ones, too"
-	@echo "make bench [BENCH=name]          side-by-side measurements, as JSON lines"
+	@echo "make bench [BENCH=name] [ARCH=aarch64] side-by-side measurements, as JSON lines"
 	@echo "make setup                       packages, .venv and guest assets, without running anything"
 	@echo "make clean-cache                 remove built kernels, images and downloads"
 
@@ -36,7 +36,8 @@ test:
 
 bench:
 	@lab/setup.sh base guest lab venv
-	@$(PYTHON) -m benches.run $(BENCH)
+	@[ -z '$(ARCH)' ] || lab/setup.sh lab-arm
+	@$(PYTHON) -m benches.run $(if $(ARCH),--arch $(ARCH)) $(BENCH)
 
 setup:
 	@lab/setup.sh base guest lab test venv

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benches import block, boot, density, exits, imports, launcher, memory, phases, rate, start
+from benches import block, boot, boot_arm64, density, exits, imports, launcher, memory, phases, rate, start
 from benches.report import BenchError
 
 BENCHES: dict[str, Callable[[int], None]] = {
@@ -21,21 +21,25 @@ BENCHES: dict[str, Callable[[int], None]] = {
     "boot": boot.run,
     "block": block.run,
 }
+# What is measured in the arm64 lab, by the same names.
+ON_ARM64: dict[str, Callable[[int], None]] = {"boot": boot_arm64.run}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benches.run", description="Side-by-side measurements, JSON lines on stdout.")
     parser.add_argument("--count", type=int, default=20, help="runs of each command (default 20)")
+    parser.add_argument("--arch", choices=("x86_64", "aarch64"), default="x86_64", help="of the guests (default x86_64)")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error("--count must be at least 1")
-    unknown = [name for name in options.names if name not in BENCHES]
+    benches = ON_ARM64 if options.arch == "aarch64" else BENCHES
+    unknown = [name for name in options.names if name not in benches]
     if unknown:
-        parser.error(f"no bench is called {unknown[0]}; there are: {', '.join(BENCHES)}")
+        parser.error(f"no bench is called {unknown[0]} for {options.arch}; there are: {', '.join(benches)}")
     try:
-        for name in options.names or BENCHES:
-            BENCHES[name](options.count)
+        for name in options.names or benches:
+            benches[name](options.count)
     except BenchError as error:
         print(f"benches: {error}", file=sys.stderr)
         return 1

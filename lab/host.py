@@ -22,7 +22,8 @@ MODULES = {
     "aarch64": (*_COMMON, "virtio_blk", "crc32c_generic", "ext4", "tun", "vhost_net", "vhost_vsock"),
 }
 
-# The user land of the arm64 host: what lab/inside, the package and its tests call, and what tests look at disks with.
+# The user land of the arm64 host: what lab/inside, the package and its tests call, what tests look at disks with, and the
+# monitor that benches compare with.
 ARM64_PACKAGES = (
     "base-files",
     "bash",
@@ -41,6 +42,7 @@ ARM64_PACKAGES = (
     "procps",
     "python3",
     "python3-libfdt",
+    "qemu-system-arm",
     "sed",
     "util-linux",
 )
