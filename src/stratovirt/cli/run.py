@@ -28,7 +28,11 @@ from stratovirt.cli.command import parse
 from stratovirt.errors import ConfigError, GuestError
 
 EXIT_FAILED = 125
-KERNEL_WORDS = "console=ttyS0 reboot=t panic=-1"
+ARM64 = os.uname().machine == "aarch64"
+KERNEL_WORDS = f"console={'ttyAMA0' if ARM64 else 'ttyS0'} reboot=t panic=-1"
+# Entries of the cache of guest assets, and the files in them.
+STOCK_KERNEL = ("stock-image", "Image") if ARM64 else ("stock-elf", "vmlinux")
+STOCK_INITRAMFS = ("initramfs.arm64-stock" if ARM64 else "initramfs.stock", "initramfs.cpio")
 QUIET_WORDS = "quiet loglevel=1"
 _HOW_TO_GET_ASSETS = "--kernel FILE, or the cache of guest assets that `make setup` in the source tree fills"
 
@@ -58,7 +62,7 @@ def _split(arguments: list[str]) -> tuple[list[str], str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stratovirt run", usage="stratovirt run [OPTION…] [-- COMMAND…]",
                                      description="Start a machine with its console here, or run one command in it.")
-    parser.add_argument("--kernel", help="bzImage or vmlinux; default: Debian's, from the cache of guest assets")
+    parser.add_argument("--kernel", help="bzImage or vmlinux, on arm64 an Image; default: Debian's, from the cache of assets")
     parser.add_argument("--initrd", help="initial RAM disk")
     parser.add_argument("--disk", action="append", default=[], metavar="FILE[:ro]", help="raw disk image; may be repeated")
     parser.add_argument("--memory", default="256M", help="such as 512M or 2G (default 256M)")
@@ -73,8 +77,8 @@ def command_line(options: argparse.Namespace, command: str, work: Path) -> list[
     """The options of the machine; `work` takes files that live as long as it. Raises: ConfigError."""
     kernel, initrd = options.kernel, options.initrd
     if kernel is None:
-        kernel = _asset("stock-elf", "vmlinux", "--kernel")
-        initrd = initrd or _asset("initramfs.stock", "initramfs.cpio", "--initrd")
+        kernel = _asset(*STOCK_KERNEL, "--kernel")
+        initrd = initrd or _asset(*STOCK_INITRAMFS, "--initrd")
     words = KERNEL_WORDS
     if command:
         words += f" {QUIET_WORDS} {guest_console.kernel_words(command)}"
