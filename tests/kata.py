@@ -18,6 +18,7 @@ import struct
 import subprocess
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,14 @@ class Sandbox:
     """One pod's machine. `program` is the command without arguments; the kernel's user words come first in `-append`.
 
     `image` is a disk with a partition, or `initrd` an initramfs. `vsock` is (descriptor, CID) with the CID reserved already,
-    `taps` are (interface, descriptor, MAC). With `debug` there is a console and the environment is the one variable.
+    `taps` are (interface, descriptor, MAC). `share` starts virtiofsd on a listening socket, which it may keep; the driver owns
+    that socket, whatever the options say. With `debug` there is a console and the environment is the one variable.
     """
 
     def __init__(self, folder: Path, program: list[str], kernel: Path, *, image: Path | None = None, initrd: Path | None = None,
                  words: str = "", smp: int = 1, memory: int = 2048, debug: bool = False, mem_share: bool = False,
-                 vsock: tuple[int, int] | None = None, taps: tuple[tuple[str, int, str], ...] = ()) -> None:
+                 vsock: tuple[int, int] | None = None, taps: tuple[tuple[str, int, str], ...] = (),
+                 share: Callable[[socket.socket], None] | None = None) -> None:
         self.folder = folder / SANDBOX[:12]  # a whole id would make the sockets' paths too long in a test's directory
         self.folder.mkdir(parents=True)
         self.qmp_path = self.folder / "qmp.socket"
@@ -112,7 +115,13 @@ class Sandbox:
         self._slots: list[str | None] = [None] * 4  # the driver's own table; the first is the image's, or nobody's
         passed = [fd for fd, _ in ([vsock] if vsock else [])] + [fd for _, fd, _ in taps]
         self._errors = open(folder / "stderr", "w+b")  # noqa: SIM115 - closed by close(); the driver has /dev/null there
-        self.arguments = self._arguments(kernel, image, initrd, words, smp, memory, mem_share, vsock, taps)
+        self.share_path = self.folder / "virtiofs_kata.socket" if share else None
+        if share and self.share_path:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(self.share_path))
+                listener.listen(1)
+                share(listener)
+        self.arguments = self._arguments(kernel, image, initrd, words, smp, memory, mem_share or bool(share), vsock, taps)
         self.process = self._execute([*program, *self.arguments], passed)
 
     def _arguments(self, kernel: Path, image: Path | None, initrd: Path | None, words: str, smp: int, memory: int,
@@ -140,6 +149,9 @@ class Sandbox:
         if vsock:
             line += ["-device", f"vhost-vsock-device,id=vsock-id,guest-cid={vsock[1]},vhostfd={number}"]
             number += 1
+        if self.share_path:
+            line += ["-chardev", f"socket,id=virtio_fs,path={self.share_path},server,nowait",
+                     "-device", "vhost-user-fs-device,chardev=virtio_fs,tag=kataShared,id=virtio-fs0"]
         for interface, _, mac in taps:
             line += ["-netdev", f"tap,id={interface},fds={number}",
                      "-device", f"virtio-net-device,netdev={interface},id={interface}" + (f",mac={mac}" if mac else "")]

@@ -23,9 +23,12 @@ from linux_guest import DEADLINE
 from kata import Sandbox, open_tap
 from stratovirt.cli import guest_console
 
-pytestmark = pytest.mark.skipif(
-    not os.path.exists("/dev/vhost-vsock") and not os.environ.get("STRATOVIRT_LAB"), reason="no /dev/vhost-vsock"
-)
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+pytestmark = [
+    pytest.mark.skipif(not os.path.exists("/dev/vhost-vsock") and not os.environ.get("STRATOVIRT_LAB"),
+                       reason="no /dev/vhost-vsock"),
+    pytest.mark.skipif(not os.path.exists(VIRTIOFSD), reason="no virtiofsd: Debian's qemu-system-common"),
+]
 
 MEBIBYTE = 1 << 20
 HOST, GUEST = "10.79.0.1", "10.79.0.2"
@@ -39,6 +42,7 @@ ip link set eth0 up; ip addr add {GUEST}/24 dev eth0
 echo root $(awk '$2 == "/" && $1 != "rootfs" {{ print $1, $3, substr($4, 1, 2) }}' /proc/mounts)
 echo disks $(cd /sys/block; echo vd*) on $(cut -d' ' -f1 /proc/consoles)
 ping -c 2 -q {HOST} >/tmp/ping; echo ping $? $(cat /sys/class/net/eth0/address)
+mount -t virtiofs kataShared /mnt; echo shared $(cat /mnt/from-host); echo to the host >/mnt/from-guest
 echo hello | vsockcat listen {AGENT_PORT}
 for disk in b c d; do
     until [ "$(cat /sys/block/vd$disk/size)" != 0 ]; do sleep 0.1; done
@@ -143,10 +147,21 @@ def test_a_pod_with_three_volumes(
     vsock = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
     fcntl.ioctl(vsock, VSOCK_SET_GUEST_CID, cid.to_bytes(8, "little"))
     image = partitioned(assets.NAMES["root-disk"](), tmp_path / "kata-containers.img", kernels("vsockcat"))
+    shared, daemons = tmp_path / "shared", []
+    shared.mkdir()
+    (shared / "from-host").write_text("a container's files\n")
+
+    def share(listener: socket.socket) -> None:
+        # The lab's file system is entered with chroot, where virtiofsd's default sandbox is refused.
+        options = f"source={shared},sandbox=chroot,cache=auto"
+        daemons.append(subprocess.Popen(
+            [VIRTIOFSD, f"--fd={listener.fileno()}", "-o", options, "--thread-pool-size=1"], pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
     words = f"init=/init {guest_console.kernel_words('', 'reboot')}"
     sandbox = Sandbox(tmp_path / "vm", [str(Path(sys.executable).parent / "stratovirt")], kernels("microvm-bzimage"),
                       image=image, words=words, smp=2, memory=512, debug=True, vsock=(vsock, cid),
-                      taps=(("eth0", taps[0], "02:42:ac:11:00:02"),))
+                      taps=(("eth0", taps[0], "02:42:ac:11:00:02"),), share=share)
     os.close(vsock)
     try:
         print(f"QMP after {sandbox.wait_for_monitor():.2f} s")
@@ -159,6 +174,7 @@ def test_a_pod_with_three_volumes(
         assert said("root ") == "/dev/root ext4 ro"
         assert said("disks ") == "vda vdb vdc vdd on hvc0"
         assert said("ping ") == "0 02:42:ac:11:00:02"
+        assert said("shared ") == "a container's files"
         with dial(cid, sandbox.account) as agent:
             agent.sendall(b"from the host\n")
             agent.shutdown(socket.SHUT_WR)
@@ -187,7 +203,12 @@ def test_a_pod_with_three_volumes(
         assert sandbox.qmp.ask("device_del", id="eth1") == {}
         assert sandbox.qmp.event("DEVICE_DELETED")["device"] == "eth1"
         said("out eth1")
+        assert (shared / "from-guest").read_text() == "to the host\n"
         sandbox.stop()
+        assert daemons[0].wait(DEADLINE) is not None  # it ends with its one connection
         assert "Traceback" not in sandbox.account() and "ERROR" not in sandbox.account()
     finally:
         sandbox.close()
+        for daemon in daemons:
+            daemon.kill()
+            daemon.wait()
