@@ -1,0 +1,87 @@
+"""A guest that does nothing but read its disk: batches of requests, a notification each, until all have come back.
+
+32-bit code, as a PVH kernel is entered, of the few instructions that a KVM without hardware virtualization emulates. The
+descriptors, the rings and the requests lie ready in the file. It writes a letter to the serial port before the first batch
+and one after the last, and ends as `tiny_guest` does. It does not wait for interrupts; the monitor raises them all the same.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from benches.tiny_guest import EXIT_PORT
+
+BEGIN, END = b"B", b"E"
+_CODE_AT, _RINGS_AT, _HEADERS_AT, _DATA_AT = 0x10_0000, 0x20_0000, 0x21_0000, 0x30_0000
+_QUEUE_SIZE = 128
+_DESC, _AVAIL, _USED = _RINGS_AT, _RINGS_AT + 0x1000, _RINGS_AT + 0x2000
+_NEXT, _WRITE = 1, 2
+_SERIAL = 0x3F8
+_EXIT_VALUE = 0x15
+
+# Offsets of virtio-mmio, version 2.
+_DRIVER_FEATURES, _DRIVER_FEATURES_SEL, _QUEUE_SEL, _QUEUE_NUM, _QUEUE_READY = 0x020, 0x024, 0x030, 0x038, 0x044
+_QUEUE_NOTIFY, _STATUS, _QUEUE_DESC, _QUEUE_DRIVER, _QUEUE_DEVICE = 0x050, 0x070, 0x080, 0x090, 0x0A0
+
+
+def image(window: int, batch: int, size: int, rounds: int) -> bytes:
+    """The file: `rounds` batches of `batch` reads of `size` bytes each, from the disk whose registers are at `window`.
+
+    The reads lie one behind the other at the start of the disk.
+    """
+    code = _code(window, batch, rounds)
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", _CODE_AT)
+    segments = ((_CODE_AT, code), (_RINGS_AT, _rings(batch, size)), (_HEADERS_AT, _headers(batch, size)))
+    offset = 0x1000
+    headers = struct.pack("<IIQQQQQQ", 4, 4, 0x800, 0, 0, len(note), len(note), 4)
+    body = b""
+    for address, content in segments:
+        headers += struct.pack("<IIQQQQQQ", 1, 7, offset + len(body), address, address, len(content), len(content), 0x1000)
+        body += content + bytes(-len(content) % 0x1000)
+    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, _CODE_AT, 64, 0, 0, 64, 56, 4, 0, 0, 0)
+    return (head + headers).ljust(0x800, b"\0") + note.ljust(0x800, b"\0") + body
+
+
+def _code(window: int, batch: int, rounds: int) -> bytes:
+    def store(address: int, value: int) -> bytes:
+        return b"\xc7\x05" + struct.pack("<II", address, value)  # mov dword [address], value
+
+    def letter(value: bytes) -> bytes:
+        return b"\x66\xba" + struct.pack("<H", _SERIAL) + b"\xb0" + value + b"\xee"  # mov dx, port; mov al, value; out dx, al
+
+    def register(offset: int, value: int) -> bytes:
+        return store(window + offset, value)
+
+    code = register(_STATUS, 0) + register(_STATUS, 1) + register(_STATUS, 3)
+    for half, features in ((0, 0), (1, 1)):  # VERSION_1 alone
+        code += register(_DRIVER_FEATURES_SEL, half) + register(_DRIVER_FEATURES, features)
+    code += register(_STATUS, 11) + register(_QUEUE_SEL, 0) + register(_QUEUE_NUM, _QUEUE_SIZE)
+    for offset, address in ((_QUEUE_DESC, _DESC), (_QUEUE_DRIVER, _AVAIL), (_QUEUE_DEVICE, _USED)):
+        code += register(offset, address) + register(offset + 4, 0)
+    code += register(_QUEUE_READY, 1) + register(_STATUS, 15) + letter(BEGIN)
+    code += b"\xb9" + struct.pack("<I", rounds) + b"\xbb" + bytes(4)  # mov ecx, rounds; mov ebx, 0
+    loop = b"\x83\xc3" + bytes([batch])  # add ebx, batch
+    loop += b"\x66\x89\x1d" + struct.pack("<I", _AVAIL + 2)  # mov [avail.idx], bx
+    loop += register(_QUEUE_NOTIFY, 0)
+    loop += b"\x66\xa1" + struct.pack("<I", _USED + 2) + b"\x66\x39\xd8\x75\xf5"  # spin: mov ax, [used.idx]; cmp ax, bx; jne spin
+    loop += b"\x49"  # dec ecx
+    code += loop + b"\x0f\x85" + struct.pack("<i", -(len(loop) + 6))  # jnz loop
+    code += letter(END) + b"\xb0" + bytes([_EXIT_VALUE]) + b"\xe6" + bytes([EXIT_PORT])
+    return code + b"\xb0\xfe\xe6\x64\xf4\xeb\xfd"  # reset through the keyboard controller; hlt, for ever
+
+
+def _rings(batch: int, size: int) -> bytes:
+    """Descriptors: header, data, status of each request. The available ring names their heads, again and again."""
+    table = b""
+    for number in range(batch):
+        header, data = _HEADERS_AT + 64 * number, _DATA_AT + size * number
+        table += struct.pack("<QIHH", header, 16, _NEXT, 3 * number + 1)
+        table += struct.pack("<QIHH", data, size, _NEXT | _WRITE, 3 * number + 2)
+        table += struct.pack("<QIHH", header + 32, 1, _WRITE, 0)
+    available = struct.pack("<HH", 0, 0) + b"".join(struct.pack("<H", 3 * (entry % batch)) for entry in range(_QUEUE_SIZE))
+    return table.ljust(_AVAIL - _DESC, b"\0") + available.ljust(_USED - _AVAIL, b"\0") + bytes(0x1000)
+
+
+def _headers(batch: int, size: int) -> bytes:
+    return b"".join(struct.pack("<IIQ", 0, 0, size // 512 * number).ljust(32, b"\0") + b"\xff".ljust(32, b"\0")
+                    for number in range(batch))
