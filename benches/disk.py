@@ -1,7 +1,7 @@
 """`disk`: what a monitor needs for a request of a disk, on this machine's own KVM; ours and QEMU's microvm, one guest.
 
 The guest (`ring_guest.py`) reads from an image that is in the page cache, so what is measured is the way of a request: the
-notification, the rings, the read, the interrupt. Where KVM emulates every instruction the guest's own part is the same for both.
+notification, the rings, the read, the interrupt. Where KVM emulates every instruction, the guest's part is the same for both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def run(count: int) -> None:
                     mine, others = (requests / statistics.median(seconds) for seconds in found)
                     label = f"{case}, {engine}, {place}"
                     report.line(f"{label}, requests", mine, "a second", machines.PEER, others)
-                    report.line(f"{label}, throughput", mine * size / (1 << 20), "MiB/s", machines.PEER, others * size / (1 << 20))
+                    mibs, peer_mibs = mine * size / (1 << 20), others * size / (1 << 20)
+                    report.line(f"{label}, throughput", mibs, "MiB/s", machines.PEER, peer_mibs)
                     report.say(f"{label}: {mine / others:.3f} of QEMU's requests a second")
 
 

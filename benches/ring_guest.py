@@ -63,7 +63,8 @@ def _code(window: int, batch: int, rounds: int) -> bytes:
     loop = b"\x83\xc3" + bytes([batch])  # add ebx, batch
     loop += b"\x66\x89\x1d" + struct.pack("<I", _AVAIL + 2)  # mov [avail.idx], bx
     loop += register(_QUEUE_NOTIFY, 0)
-    loop += b"\x66\xa1" + struct.pack("<I", _USED + 2) + b"\x66\x39\xd8\x75\xf5"  # spin: mov ax, [used.idx]; cmp ax, bx; jne spin
+    # spin: mov ax, [used.idx]; cmp ax, bx; jne spin
+    loop += b"\x66\xa1" + struct.pack("<I", _USED + 2) + b"\x66\x39\xd8\x75\xf5"
     loop += b"\x49"  # dec ecx
     code += loop + b"\x0f\x85" + struct.pack("<i", -(len(loop) + 6))  # jnz loop
     code += letter(END) + b"\xb0" + bytes([_EXIT_VALUE]) + b"\xe6" + bytes([EXIT_PORT])

@@ -17,6 +17,7 @@ PAGE_SIZE = mmap.PAGESIZE  # 4 KiB on x86_64; an arm64 host has pages of 4, 16 o
 
 _PROT_READ_WRITE = 0x1 | 0x2
 _PROT_READ_EXECUTE = 0x1 | 0x4
+_MAP_SHARED = 0x01
 _MAP_PRIVATE = 0x02
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -50,10 +51,33 @@ class _CFunction(_ctypes.CFuncPtr):
 _libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is already loaded
 _libc_mmap = _CFunction(_ctypes.dlsym(_libc, "mmap"))
 _libc_memcmp = _CFunction(_ctypes.dlsym(_libc, "memcmp"))
+_libc_munmap = _CFunction(_ctypes.dlsym(_libc, "munmap"))
 _libc_madvise = _CFunction(_ctypes.dlsym(_libc, "madvise"))
 _libc_syscall = _CFunction(_ctypes.dlsym(_libc, "syscall"))
 _libc_ioctl = _CFunction(_ctypes.dlsym(_libc, "ioctl"))
 _MAP_FAILED = (1 << (8 * _ctypes.sizeof(_Word))) - 1
+
+
+class SharedRings:
+    """`size` bytes of memory that the kernel shares through `fd`, from `offset` on; `view` is the whole of it.
+
+    Python's own `mmap` looks at the descriptor first and makes a copy of it, which an iothread's filter does not allow.
+    Whoever has made views of `view` lets go of them before `close`. Raises: HostError.
+    """
+
+    __slots__ = ("_address", "_size", "view")
+
+    def __init__(self, fd: int, size: int, offset: int) -> None:
+        address = _libc_mmap(_Word(0), _Word(size), _Int(_PROT_READ_WRITE), _Int(_MAP_SHARED), _Int(fd), _Word(offset))
+        if address == _MAP_FAILED:
+            raise HostError("mmap of shared rings", _ctypes.get_errno())
+        self._address, self._size = address, size
+        array = type("_Bytes", (_ctypes.Array,), {"_type_": _Byte, "_length_": size})
+        self.view = memoryview(array.from_address(address)).cast("B")  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        self.view.release()
+        _libc_munmap(_Word(self._address), _Word(self._size))
 
 
 class HostMapping:

@@ -98,7 +98,9 @@ def report(what: str, times: list[float]) -> None:
           f"slowest {1e3 * times[-1]:.2f} ms")
 
 
-@pytest.mark.parametrize(("place", "aio"), [("main", "off"), ("iothread", "off"), ("iothread", "threads")])
+@pytest.mark.parametrize(("place", "aio"), [
+    ("main", "off"), ("iothread", "off"), ("iothread", "threads"), ("iothread", "io_uring"),
+])
 def test_qmp_answers_while_the_disk_is_read(launch, tmp_path: Path, place: str, aio: str) -> None:
     image, socket = tmp_path / "disk.img", tmp_path / "qmp.socket"
     image.write_bytes(os.urandom(LENGTH * BATCH))

@@ -13,7 +13,6 @@ is no polling thread, so the kernel looks at the submission ring only inside io_
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from _thread import allocate_lock
@@ -22,6 +21,7 @@ from stratovirt.backends.aio_kernel import DEPTH, RWF_DSYNC, KernelEngine
 from stratovirt.backends.aio_syscalls import IO_URING_ENTER, IO_URING_REGISTER, IO_URING_SETUP, pin, syscall
 from stratovirt.backends.block import FLUSH, READ
 from stratovirt.errors import HostError
+from stratovirt.hostmap import SharedRings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,29 +69,40 @@ class UringEngine(KernelEngine):
     def __init__(self, image: RawImage) -> None:
         super().__init__(image)
         self._fence = allocate_lock()
+        self._mappings: tuple[SharedRings, ...] = ()
         try:
             self._ring_fd, params = _set_up()
             try:
                 self._map(params)
                 self._register_eventfd()
             except HostError:
-                os.close(self._ring_fd)
+                self._unmap()
                 raise
         except HostError:
             super().close()
             raise
+
+    def _unmap(self) -> None:
+        os.close(self._ring_fd)
+        if self._mappings:
+            self._words.release()
+        for mapping in self._mappings:
+            mapping.close()
 
     def _map(self, params: tuple[int, ...]) -> None:
         sq_entries, cq_entries = params[0], params[1]
         sq_head, sq_tail, sq_mask, _, _, _, sq_array = params[10:17]
         cq_head, cq_tail, cq_mask, _, _, cqes = params[19:25]
         size = max(sq_array + 4 * sq_entries, cqes + _CQE.size * cq_entries)
+        rings = SharedRings(self._ring_fd, size, _OFFSET_RINGS)
         try:
-            self._rings = mmap.mmap(self._ring_fd, size, offset=_OFFSET_RINGS)
-            self._sqes = mmap.mmap(self._ring_fd, _SQE.size * sq_entries, offset=_OFFSET_SQES)
-        except OSError as error:
-            raise HostError.from_os("mmap of an io_uring", error) from error
-        self._words = memoryview(self._rings)[: size & -4].cast("I")
+            entries = SharedRings(self._ring_fd, _SQE.size * sq_entries, _OFFSET_SQES)
+        except HostError:
+            rings.close()
+            raise
+        self._mappings = (rings, entries)
+        self._rings, self._sqes = rings.view, entries.view
+        self._words = rings.view[: size & -4].cast("I")
         self._sq_head, self._sq_tail, self._sq_array = sq_head >> 2, sq_tail >> 2, sq_array >> 2
         self._cq_head, self._cq_tail, self._cqes = cq_head >> 2, cq_tail >> 2, cqes
         self._sq_mask, self._cq_mask = self._words[sq_mask >> 2], self._words[cq_mask >> 2]
@@ -147,8 +158,5 @@ class UringEngine(KernelEngine):
 
     def close(self) -> None:
         """The ring goes when both its descriptor and its mappings are gone."""
-        os.close(self._ring_fd)
-        self._words.release()
-        self._rings.close()
-        self._sqes.close()
+        self._unmap()
         super().close()
