@@ -18,6 +18,7 @@ _DESC, _AVAIL, _USED = _RINGS_AT, _RINGS_AT + 0x1000, _RINGS_AT + 0x2000
 _NEXT, _WRITE = 1, 2
 _SERIAL = 0x3F8
 _EXIT_VALUE = 0x15
+_LARGE = 64 << 10
 
 # Offsets of virtio-mmio, version 2.
 _DRIVER_FEATURES, _DRIVER_FEATURES_SEL, _QUEUE_SEL, _QUEUE_NUM, _QUEUE_READY = 0x020, 0x024, 0x030, 0x038, 0x044
@@ -27,7 +28,7 @@ _QUEUE_NOTIFY, _STATUS, _QUEUE_DESC, _QUEUE_DRIVER, _QUEUE_DEVICE = 0x050, 0x070
 def image(window: int, batch: int, size: int, rounds: int) -> bytes:
     """The file: `rounds` batches of `batch` reads of `size` bytes each, from the disk whose registers are at `window`.
 
-    The reads lie one behind the other at the start of the disk.
+    They lie at the start of the disk: small ones in an order in which no two neighbours can be merged, large ones in turn.
     """
     code = _code(window, batch, rounds)
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", _CODE_AT)
@@ -84,5 +85,6 @@ def _rings(batch: int, size: int) -> bytes:
 
 
 def _headers(batch: int, size: int) -> bytes:
-    return b"".join(struct.pack("<IIQ", 0, 0, size // 512 * number).ljust(32, b"\0") + b"\xff".ljust(32, b"\0")
+    step = 7 if size < _LARGE else 1  # 7 is prime to every number of requests in use
+    return b"".join(struct.pack("<IIQ", 0, 0, size // 512 * (number * step % batch)).ljust(32, b"\0") + b"\xff".ljust(32, b"\0")
                     for number in range(batch))
