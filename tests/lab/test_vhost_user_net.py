@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from backends import Backend
-from guest import initramfs
+from guest import assets
 from linux_guest import Guest
 from networks import (
     CONFIGURE,
@@ -73,7 +73,7 @@ def test_ping_tcp_and_iperf_both_ways(boot: Callable[..., Guest], backend: Calla
         rate = end["sum_received"]["bits_per_second"] or end["sum_sent"]["bits_per_second"]
         print(f"iperf3 {direction}: {rate / 1e6:.1f} Mbit/s")
         assert rate > 0
-    run(str(initramfs.busybox()), "ping", "-c", "3", "-q", GUEST)
+    run(str(assets.busybox()), "ping", "-c", "3", "-q", GUEST)
     expected = checksum()
     lines = guest.stdout.decode().splitlines()
     assert lines[:2] == ["ping 0", "sent 0"] and lines[4:] == ["ready"]
