@@ -101,6 +101,23 @@ def test_system_reset_starts_the_kernel_again(boot: Callable[..., Guest], disk: 
     assert guest.wait_end() == 0
 
 
+@pytest.mark.long
+def test_fifty_resets(boot: Callable[..., Guest], disk: Path) -> None:
+    """Nothing is used up by a reset: neither descriptors nor memory of the process grow."""
+    guest = boot("small-elf", "head -c 15 /dev/vda; echo; nproc; sleep 1000", smp=2, disk=disk, qmp=True)
+    descriptors = Path(f"/proc/{guest.process.pid}/fd")
+    before = 0
+    for count in range(1, 51):
+        guest.wait_for(b"stratovirt disk\n2\n", stream=guest.stdout, count=count)
+        if count == 2:
+            before = len(list(descriptors.iterdir()))
+        if count < 50:
+            guest.execute("system_reset")
+    assert len(list(descriptors.iterdir())) == before
+    guest.execute("quit")
+    assert guest.wait_end() == 0
+
+
 def test_reset_while_the_kernel_boots(boot: Callable[..., Guest], disk: Path) -> None:
     """A reset at any moment of a boot leads to a boot."""
     guest = boot("small-elf", "echo up", smp=2, disk=disk, qmp=True, words="")
