@@ -240,7 +240,7 @@ def test_killed_at_any_moment(launch, tmp_path) -> None:
         program.wait_for("up\n")
         client = connect(tmp_path / "qmp")
         client.socket.sendall(json.dumps({"execute": "migrate", "arguments": {"uri": f"file:{directory}"}}).encode())
-        time.sleep(chance.random() * 0.03)
+        time.sleep(chance.random() * 0.06)
         program.process.kill()
         program.process.wait()
         client.close()

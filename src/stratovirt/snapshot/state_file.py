@@ -166,7 +166,7 @@ class Writer:
         return self._open[MEMORY]
 
     def commit(self, state: dict[str, Any]) -> None:
-        """Put both files in their places. Raises: SnapshotError, and there is no snapshot in the directory then or the old."""
+        """Put both files in their places. Raises: SnapshotError: no snapshot is there then, or the old, or all of the new."""
         final = {name: os.path.join(self._directory, name) for name in (STATE, MEMORY)}
         try:
             fd, rest = self._open[STATE], memoryview(encode(state))
