@@ -72,7 +72,10 @@ class ReceiveFilter:
         self._modes = [mode != 0 for mode in modes]
         self._unicast, self._multicast = self._addresses(state, "unicast"), self._addresses(state, "multicast")
         vlans = state.optional_section("vlans")
-        self._vlans = None if vlans is None else set(vlans.integers("ids", 0, MAX_VLAN - 1, MAX_VLAN))
+        self._vlans = None
+        if vlans is not None:
+            self._vlans = set(vlans.integers("ids", 0, MAX_VLAN - 1, MAX_VLAN))
+            vlans.end()
         state.end()
         self._everything = self._modes[RX_PROMISC] and self._vlans is None
 

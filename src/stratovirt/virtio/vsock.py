@@ -167,7 +167,7 @@ class VhostVsock(VirtioDevice):
     # -- the event queue
 
     def ready(self, index: int) -> bool:
-        return self._reset_due  # its buffers stay with the device until there is an event
+        return index == EVENT and self._reset_due  # buffers stay in its queue until there is an event
 
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
         if chain.writable_length < len(_TRANSPORT_RESET):
