@@ -63,7 +63,9 @@ class GuestMemory:
 
     def slice(self, address: int, length: int) -> memoryview:
         """Guest RAM at [address, address + length) as a writable view: no copy."""
-        region = self.region(address, length)
+        region = self._last  # `region` once more: a call less for each descriptor
+        if address < region.base or address + length > region.end or length < 0:
+            region = self.region(address, length)
         start = address - region.base
         return region.u8[start : start + length]
 

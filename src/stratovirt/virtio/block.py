@@ -49,6 +49,7 @@ T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = b"\x00", b"\x01", b"\x02"
 
 _HEADER = struct.Struct("<IIQ")  # struct virtio_blk_req { le32 type; le32 reserved; le64 sector; ... }
+_HEADER_SIZE = _HEADER.size
 _RANGE = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; le32 flags; }
 _FLAG_UNMAP = 1
 SERIAL_SIZE = 20
@@ -181,9 +182,14 @@ class VirtioBlock(VirtioDevice):
                              "bytes has no header or no status", "VIRTIO 1.2, 5.2.6")
         if self._buckets:
             self._buckets[index].pour()
-        header, data_out = split(chain.readable, _HEADER.size)
-        data_in, status = split(chain.writable, chain.writable_length - 1)
-        kind, _, sector = _HEADER.unpack(b"".join(header))
+        readable, writable = chain.readable, chain.writable
+        if len(readable[0]) == _HEADER_SIZE and len(writable[-1]) == 1:  # a descriptor each, as drivers lay them out
+            kind, _, sector = _HEADER.unpack(readable[0])
+            data_out, data_in, status = readable[1:], writable[:-1], writable[-1:]
+        else:
+            header, data_out = split(readable, _HEADER_SIZE)
+            data_in, status = split(writable, chain.writable_length - 1)
+            kind, _, sector = _HEADER.unpack(b"".join(header))
         if kind == T_GET_ID:
             written = self._get_id(data_in)
             status[0][:] = S_OK
