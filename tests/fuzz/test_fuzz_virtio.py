@@ -28,7 +28,7 @@ from unit.virtio_driver import (
 )
 
 SECTORS = 64
-KINDS = ("block", "block-readonly", "rng", "rng-limited", "net")
+KINDS = ("block", "block-readonly", "rng", "rng-limited", "net", "net-pairs")
 
 
 @pytest.fixture(params=KINDS)
@@ -39,7 +39,7 @@ def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Driver]:
     elif request.param.startswith("rng"):
         made = RngDriver(rate=1000.0 if request.param == "rng-limited" else None)
     else:
-        made = NetDriver()
+        made = NetDriver(pairs=3 if request.param == "net-pairs" else 1)
     yield made
     made.close()
 

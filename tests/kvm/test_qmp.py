@@ -196,6 +196,37 @@ def test_a_tap_by_descriptor_goes_into_a_slot_and_out(start):
     tap.close()
 
 
+def test_an_interface_with_two_queue_pairs_on_iothreads_comes_and_goes(start):
+    from stratovirt.backends.tap import open_taps
+    from stratovirt.config.vm import NetdevConfig
+    from stratovirt.errors import ConfigError
+
+    name = f"svtk{os.getpid() % 1_000_000}"
+    try:
+        for each in open_taps(NetdevConfig("t", name, queues=2)):
+            each.close()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    program, connect = start(
+        "-object", "iothread,id=in0", "-object", "iothread,id=out0", "-netdev", f"tap,id=net0,ifname={name},queues=2",
+        "-device", "virtio-net-device,id=eth0,netdev=net0,mq=on,vectors=6,rx-iothread=in0,tx-iothread=out0")
+    client = connect()
+    for _ in range(5):
+        assert open_files(program.process.pid).count("/dev/net/tun") == 2
+        assert client.ask("device_del", id="eth0") == {}
+        assert client.wait_event("DEVICE_DELETED")["device"] == "eth0"
+        assert not os.path.exists(f"/sys/class/net/{name}")
+        assert client.ask("netdev_del", id="net0") == {}
+        assert client.ask("netdev_add", id="net0", ifname=name, queues=3) == {}
+        assert "has 2 queue pairs" in client.ask("device_add", id="eth0", driver="virtio-net-device", netdev="net0",
+                                                 addr="0")["desc"]
+        assert client.ask("netdev_del", id="net0") == {}
+        assert client.ask("netdev_add", id="net0", ifname=name, queues=2) == {}
+        assert client.ask("device_add", id="eth0", driver="virtio-net-device", netdev="net0", addr="0") == {}
+    assert client.ask("quit") == {}
+    assert program.finish()[0] == 0
+
+
 def test_a_slot_whose_device_is_on_an_iothread(start, tmp_path):
     root, disk = image(tmp_path, "root"), image(tmp_path, "disk", 2 << 20)
     program, connect = start("-object", "iothread,id=io0", "-drive", f"id=rootfs,file={root},direct=off,aio=threads",

@@ -80,8 +80,9 @@ class Guest:
         self._log = open(log, "wb")  # noqa: SIM115 - closed by close()
         self._monitor: QEMUMonitorProtocol | None = None
         self.qmp_path = folder / f"{log.stem[-20:]}.qmp"
-        if programs:
-            ram_disk = self._with_programs(folder, ram_disk, programs)
+        long = command if not guest_console.fits_inline(command) else ""
+        if programs or long:
+            ram_disk = self._larger(folder / f"{log.stem[-40:]}.initramfs", ram_disk, programs, long)
         append = f"{KERNEL_LINE} {words} {guest_console.kernel_words(command, end)}"
         machine = "microvm,mem-share=on" if shared else "microvm"
         line = [str(Path(sys.executable).parent / "stratovirt"), "-machine", machine, "-smp", str(smp), "-m", str(memory)]
@@ -107,13 +108,15 @@ class Guest:
         self._reader.start()
 
     @staticmethod
-    def _with_programs(folder: Path, ram_disk: Path, programs: tuple[str, ...]) -> Path:
-        """The initramfs with programs of this machine in it."""
+    def _larger(target: Path, ram_disk: Path, programs: tuple[str, ...], command: str) -> Path:
+        """The initramfs with programs of this machine in it, and a command that is too long for the kernel's line."""
         from guest.programs import archive
 
-        larger = folder / f"{ram_disk.name}.{'.'.join(programs)}"
-        larger.write_bytes(ram_disk.read_bytes() + b"".join(archive(name) for name in programs))
-        return larger
+        parts = [ram_disk.read_bytes(), *(archive(name) for name in programs)]
+        if command:
+            parts.append(guest_console.command_archive(command))
+        target.write_bytes(b"".join(parts))
+        return target
 
     # What the guest says
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -18,21 +21,25 @@ AMOUNT = 48
 PATTERN = hashlib.sha512(b"a block that no other resembles").digest() * (MEBIBYTE // 64)
 
 CONFIGURE = f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0\n"
-# The guest makes its data from a seed block, numbered, so that a block lost, doubled or moved changes the checksum.
-MAKE_DATA = f"""
-i=0
-while [ $i -lt {AMOUNT} ]; do printf '%016d' $i; head -c {MEBIBYTE - 16} /tmp/seed; i=$((i + 1)); done >/tmp/data
-"""
 
 
-def data() -> Iterator[bytes]:
-    for number in range(AMOUNT):
+def make_data(amount: int) -> str:
+    """The guest makes so many MiB from a seed block, numbered: a block lost, doubled or moved changes the checksum."""
+    return f"i=0; while [ $i -lt {amount} ]; do printf '%016d' $i; head -c {MEBIBYTE - 16} /tmp/seed; i=$((i + 1)); done"
+
+
+MAKE_DATA = f"\n({make_data(AMOUNT)}) >/tmp/data\n"
+
+
+def data(amount: int = AMOUNT) -> Iterator[bytes]:
+    """So many MiB."""
+    for number in range(amount):
         yield b"%016d" % number + PATTERN[: MEBIBYTE - 16]
 
 
-def checksum() -> str:
+def checksum(amount: int = AMOUNT) -> str:
     digest = hashlib.md5()
-    for block in data():
+    for block in data(amount):
         digest.update(block)
     return digest.hexdigest()
 
@@ -51,7 +58,7 @@ class Server:
 
     def __init__(self, serve: Callable[[socket.socket], None]) -> None:
         self._listener = socket.create_server((HOST, 0))
-        self._listener.settimeout(DEADLINE)
+        self._listener.settimeout(5 * DEADLINE)  # the guest may have a lot to do before
         self.port = self._listener.getsockname()[1]
         self._serve = serve
         self._failure: BaseException | None = None
@@ -86,12 +93,20 @@ def receive_all(digest: hashlib._Hash) -> Callable[[socket.socket], None]:
     return serve
 
 
-def send_all(connection: socket.socket) -> None:
-    for block in data():
+def send_all(connection: socket.socket, amount: int = AMOUNT) -> None:
+    for block in data(amount):
         connection.sendall(block)
     connection.shutdown(socket.SHUT_WR)
     while connection.recv(1 << 16):
         pass
+
+
+def open_tap(name: str, flags: int = 0) -> int:
+    """A descriptor of a queue of the tap, as whoever starts a machine opens it."""
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    # TUNSETIFF with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR
+    fcntl.ioctl(fd, 0x400454CA, struct.pack("=16sH22x", name.encode(), 0x0002 | 0x1000 | 0x4000 | flags))
+    return fd
 
 
 def send_seed(connection: socket.socket) -> None:

@@ -20,6 +20,7 @@ from networks import (
     checksum,
     complaints,
     network,
+    open_tap,
     receive_all,
     run,
     send_all,
@@ -79,12 +80,8 @@ def test_the_network_works_after_a_restart_in_place(boot: Callable[..., Guest], 
 
 def test_an_inherited_descriptor(boot: Callable[..., Guest], tap: str) -> None:
     """As Kata and libvirt start it: the tap is opened by somebody else and passed on."""
-    import fcntl
-    import struct
-
-    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fd = open_tap(tap)
     try:
-        fcntl.ioctl(fd, 0x400454CA, struct.pack("=16sH22x", tap.encode(), 0x0002 | 0x1000 | 0x4000))
         os.set_inheritable(fd, True)
         guest = boot("small-elf", f"{CONFIGURE} ping -c 2 -q {HOST} >/tmp/ping; echo ping $?", descriptors=(fd,),
                      extra=("-netdev", f"tap,id=net0,fd={fd}", "-device", "virtio-net-device,id=eth0,netdev=net0"))
@@ -93,7 +90,8 @@ def test_an_inherited_descriptor(boot: Callable[..., Guest], tap: str) -> None:
     assert guest.finish() == (0, "ping 0\n")
 
 
-def test_a_tap_that_is_taken_away_is_a_link_that_went_down(boot: Callable[..., Guest], tap: str) -> None:
+@pytest.mark.parametrize("vhost", ["off", "on"])
+def test_a_tap_that_is_taken_away_is_a_link_that_went_down(boot: Callable[..., Guest], tap: str, vhost: str) -> None:
     command = f"""{CONFIGURE}
     ping -q {HOST} >/dev/null &
     ping -c 2 -q {HOST} >/tmp/ping && echo up $(cat /sys/class/net/eth0/carrier)
@@ -101,7 +99,7 @@ def test_a_tap_that_is_taken_away_is_a_link_that_went_down(boot: Callable[..., G
     echo down
     ping -c 2 -W 1 -q {HOST} >/tmp/ping; echo still alive
     """
-    guest = boot("small-elf", command, qmp=True, extra=network(tap))
+    guest = boot("small-elf", command, qmp=True, extra=network(tap, netdev_keys=f",vhost={vhost}"))
     guest.wait_for(b"up 1\n", stream=guest.stdout)
     run("ip", "link", "del", tap)
     guest.wait_for(b"down\n", stream=guest.stdout)

@@ -43,7 +43,7 @@ from unit.virtio_driver import (
     GuestQueue,
 )
 
-FACTORIES = ("block", "block-readonly", "net", "rng", "rng-limited")
+FACTORIES = ("block", "block-readonly", "net", "net-pairs", "rng", "rng-limited")
 
 
 @pytest.fixture(params=FACTORIES)
@@ -56,8 +56,8 @@ def factory(request: pytest.FixtureRequest, tmp_path: Path):
             made.pop().close()
         if request.param.startswith("block"):
             driver = BlockDriver(tmp_path, readonly=request.param == "block-readonly")
-        elif request.param == "net":
-            driver = NetDriver()
+        elif request.param.startswith("net"):
+            driver = NetDriver(pairs=2 if request.param == "net-pairs" else 1)
         else:
             driver = RngDriver(rate=1000.0 if request.param == "rng-limited" else None)
         made.append(driver)

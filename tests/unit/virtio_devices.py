@@ -82,23 +82,32 @@ class PacketTap(Tap):
     def set_offload(self, flags: int) -> None:
         self.offload = flags
 
+    def enable(self, on: bool) -> None:
+        """A socket is always attached."""
+
 
 class NetDriver(Driver):
-    """virtio-net; `network` is the other end of its tap."""
+    """virtio-net with so many queue pairs; `network` is the other end of the first queue of its tap."""
 
-    def __init__(self, memory: GuestMemory | None = None) -> None:
-        ours, self.network = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, self.network):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.network.setblocking(False)
+    def __init__(self, memory: GuestMemory | None = None, pairs: int = 1) -> None:
+        taps: list[Tap] = []
+        self.networks: list[socket.socket] = []
+        for _ in range(pairs):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            theirs.setblocking(False)
+            self.networks.append(theirs)
+            taps.append(PacketTap(ours.detach()))
+        self.network, self.tap = self.networks[0], taps[0]
         self.loop = EventLoop()
-        self.tap = PacketTap(ours.detach())
         self.reported: list[StratoVirtError] = []
-        self.net = VirtioNet(self.tap, bytes.fromhex("525400123456"), self.loop, on_error=self.reported.append)
+        self.net = VirtioNet(taps, bytes.fromhex("525400123456"), self.loop, on_error=self.reported.append)
         super().__init__(self.net, memory)
 
     def close(self) -> None:
         super().close()
-        self.network.close()
+        for network in self.networks:
+            network.close()
         self.net.close()
         self.loop.close()
