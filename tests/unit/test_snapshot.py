@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,22 @@ def test_places_without_a_state(tmp_path: Path) -> None:
     for place, problem in (("missing", "no such directory"), ("a\0b", "null"), ("state", "Not a directory")):
         with pytest.raises(SnapshotError, match=problem):
             state_file.read(str(tmp_path / place))
+
+
+def test_a_start_loads_none_of_it_and_a_restore_not_the_slow_modules() -> None:
+    source = Path(state_file.__file__).parents[2]
+    code = f"""
+import sys; sys.path.insert(0, {str(source)!r})
+import stratovirt.__main__, stratovirt.cli.command, stratovirt.machine.microvm, stratovirt.virtio.mmio
+import stratovirt.virtio.block, stratovirt.virtio.net, stratovirt.virtio.console, stratovirt.virtio.vsock
+assert not [name for name in sys.modules if "snapshot" in name]
+import stratovirt.machine.snapshot, stratovirt.machine.x86_64.saved_processors
+from stratovirt.snapshot import state_file
+state_file.decode(b'{{"magic": "STRATOVIRT", "version": 1}}')
+print(*sorted({{"json", "re", "enum", "contextlib", "collections", "typing"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-IS", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "\n", done.stdout
 
 
 # -- writing: whole or not at all

@@ -19,9 +19,7 @@ snapshot, and a snapshot that is replaced loses its `state` before its `memory`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import stat
 
@@ -36,6 +34,7 @@ MAGIC = "STRATOVIRT"
 VERSION = 1
 STATE, MEMORY = "state", "memory"
 MAX_STATE = 64 << 20
+_WHITE = " \t\n\r"
 ID_SIZE = 16
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -52,13 +51,15 @@ def random_bytes(count: int) -> bytes:
 
 
 def encode(state: dict[str, Any]) -> bytes:
+    import json
+
     return json.dumps(state, indent=1).encode() + b"\n"
 
 
 def decode(data: bytes) -> dict[str, Any]:
     """The state, brought up to VERSION. Raises: SnapshotError."""
     try:
-        state: Any = json.loads(data, object_pairs_hook=_object)
+        state = _parse(data.decode())
     except RecursionError:
         raise SnapshotError("the state file is nested too deeply") from None
     except ValueError as error:  # also what is no UTF-8, or a number of thousands of digits
@@ -83,6 +84,36 @@ def decode(data: bytes) -> dict[str, Any]:
         state["version"] = version
     whole: dict[str, Any] = state
     return whole
+
+
+class _Scanning:
+    """How `_json` is to read. The package around it is left out, whose import takes longer than the reading."""
+
+    strict = True
+    object_hook = None
+    parse_float, parse_int = float, int
+
+    @staticmethod
+    def parse_constant(name: str) -> object:
+        raise ValueError(f"{name} is not a number")
+
+    @staticmethod
+    def object_pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return _object(pairs)
+
+
+def _parse(text: str) -> Any:
+    """Raises: ValueError, RecursionError."""
+    import _json
+
+    start = len(text) - len(text.lstrip(_WHITE))
+    try:
+        value, end = _json.make_scanner(_Scanning)(text, start)  # type: ignore[arg-type]  # any object with these names will do
+    except StopIteration as error:
+        raise ValueError(f"nothing that can be read at character {error.value}") from None
+    if text[end:].strip(_WHITE):
+        raise ValueError(f"something behind the end, at character {end}")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -174,8 +205,7 @@ class Writer:
                 rest = rest[os.write(fd, rest) :]
             for fd in self._open.values():
                 os.fdatasync(fd)
-            with contextlib.suppress(FileNotFoundError):  # else nothing is replaced
-                os.unlink(final[STATE])
+            _remove(final[STATE])
             os.rename(self._temporary[MEMORY], final[MEMORY])
             os.rename(self._temporary[STATE], final[STATE])
             _sync_name(self._open[STATE])
@@ -197,6 +227,14 @@ class Writer:
                 os.unlink(path)
             except OSError:
                 continue  # renamed, never made, or on a disk that takes no more changes
+
+
+def _remove(path: str) -> None:
+    """A file that is there or not."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
 
 
 def _sync_name(fd: int) -> None:
