@@ -10,6 +10,7 @@ from stratovirt.devices.cmos_rtc import CmosRtc
 from stratovirt.devices.i8042 import COMMAND_PULSE_RESET, I8042
 from stratovirt.devices.serial import RECEIVE_BUFFER_SIZE, Serial
 from stratovirt.devices.sleep_control import SleepControl
+from stratovirt.snapshot.saved import Saved
 from unit.virtio_driver import Line
 
 
@@ -67,9 +68,9 @@ def test_legacy_devices_on_their_ports() -> None:
             if generator.random() < 0.1:
                 terminal.act()
         assert calls == expected
-        state = port.snapshot()
-        port.restore(state)
-        assert port.snapshot() == state
+        state = port.save()
+        port.restore(Saved(state))
+        assert port.save() == state
         port.reset()
         port.write(3, 1, 0x03)
         port.write(0, 1, ord("!"))
