@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not os.path.exists(TESTPMD), reason="no dpdk-tes
 def start_testpmd(backend: Callable[..., Backend], socket: Path, pairs: int = 1) -> Backend:
     """Between vhost-user and a tap, which has the host's address."""
     process = backend(
-        socket, TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--lcores", "(0-1)@(0-1)", "--file-prefix", socket.parent.name,
+        socket, TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--lcores", "(0-1)@0", "--file-prefix", socket.parent.name,
         "--vdev", f"net_vhost0,iface={socket},queues={pairs}", "--vdev", f"net_tap0,iface={TAP}", "--", "--forward-mode=io",
         "--auto-start", "--total-num-mbufs=8192", f"--rxq={pairs}", f"--txq={pairs}", "--stats-period=1000")
     run("ip", "addr", "replace", f"{HOST}/24", "dev", TAP)
