@@ -11,6 +11,8 @@ through its `error`, never through an exception. Nothing here runs before a gues
 
 from __future__ import annotations
 
+import errno
+
 from stratovirt import log
 from stratovirt.backends.aio_threads import ThreadEngine
 from stratovirt.errors import ConfigError, HostError
@@ -25,10 +27,16 @@ ENGINES = ("threads", "native", "io_uring")
 
 
 def probe(name: str) -> None:
-    """Can this host run the engine? Raises: ConfigError, which names those that it can."""
+    """Can this host run the engine? Raises: ConfigError, which names those that it can.
+
+    What only this process's own filters withhold is no reason to refuse a disk that comes later: threads do the work, and the
+    log says so when it begins (`open_engine`).
+    """
     try:
         _prober(name)()
     except HostError as error:
+        if error.errno == errno.EACCES:
+            return
         usable = [other for other in ENGINES if other != name and _works(other)]
         raise ConfigError(f"the engine does not work on this host: {error}", option="-drive aio", value=name,
                           accepted=", ".join(f"aio={other}" for other in (*usable, "off"))) from error

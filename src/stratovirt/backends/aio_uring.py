@@ -13,6 +13,7 @@ is no polling thread, so the kernel looks at the submission ring only inside io_
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from _thread import allocate_lock
@@ -52,8 +53,10 @@ def _set_up() -> tuple[int, tuple[int, ...]]:
     try:
         fd = syscall(IO_URING_SETUP, DEPTH, address)
     except OSError as error:
-        raise HostError.from_os("io_uring_setup", error, "see sysctl kernel.io_uring_disabled; a running machine may do it if "
-                                "it had a -drive aio=io_uring at its start (seccomp)") from error
+        hint = "see sysctl kernel.io_uring_disabled"
+        if error.errno == errno.EACCES:
+            hint = "a running machine may do it if it had a -drive aio=io_uring at its start (seccomp)"
+        raise HostError.from_os("io_uring_setup", error, hint) from error
     values = _PARAMS.unpack(params)
     if values[5] & _NEEDED != _NEEDED:
         os.close(fd)

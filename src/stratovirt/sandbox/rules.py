@@ -19,8 +19,10 @@ _VI, _VM, _IM, _ALL = _V | _I, _V | _M, _I | _M, _V | _I | _M
 
 # Stand for what is known at start only; `kernel.py` puts the real thing there.
 OWN_PID = 0x7E57_C0DE
-IF_IO_URING = ERRNO | 1  # EPERM, or ALLOW when a -drive has aio=io_uring
-IF_VHOST_USER = ERRNO | 13  # EACCES, or ALLOW when a device has its back end in another process
+# EACCES, which the kernel itself does not answer with (`backends/aio.py` takes threads then), or ALLOW when a -drive has
+# aio=io_uring.
+IF_IO_URING = ERRNO | 13
+IF_VHOST_USER = ERRNO | 1  # EPERM, or ALLOW when a device has its back end in another process
 UNLESS_VHOST_USER = ERRNO | 95  # EOPNOTSUPP, or ALLOW when none has: such a machine has no snapshots
 
 _ENOSYS = ERRNO | 38  # "this kernel does not know it": the C library falls back to what there was before
@@ -127,7 +129,7 @@ RULES = (
     Rule(_IM, "writev", "frames to taps"),
     Rule(_ALL, "io_submit", "aio=native; a reset on a vCPU's thread waits for the requests in flight, and begins the rest"),
     Rule(_ALL, "io_getevents", "aio=native: the ends of requests"),
-    Rule(_ALL, "io_uring_enter", "aio=io_uring, if a -drive has it at the start, else EPERM", action=IF_IO_URING),
+    Rule(_ALL, "io_uring_enter", "aio=io_uring, if a -drive has it at the start, else EACCES", action=IF_IO_URING),
     Rule(_IM, "fdatasync", "a guest's flush; a snapshot is on disk before it has its name"),
     Rule(_IM, "fallocate", "discard, zeroes"),
     Rule(_ALL, "lseek", "the size of an image, looked at again by flush and reset"),
@@ -166,7 +168,7 @@ RULES = (
          Test(1, "F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_DUPFD_CLOEXEC", (3, 36, 37, 1030))),
     Rule(_IM, "io_setup", "the engine of aio=native"),
     Rule(_IM, "io_destroy", "the same, closed"),
-    Rule(_IM, "io_uring_setup", "the engine of aio=io_uring, if a -drive has it at the start, else EPERM", action=IF_IO_URING),
+    Rule(_IM, "io_uring_setup", "the engine of aio=io_uring, if a -drive has it at the start, else EACCES", action=IF_IO_URING),
     Rule(_IM, "io_uring_register", "its eventfd", Test(1, "IORING_REGISTER_EVENTFD", (4,)), action=IF_IO_URING),
 
     # -- QMP and files, on the main thread
@@ -185,7 +187,7 @@ RULES = (
     Rule(_M, "rename", "the log's rotation; a snapshot gets its name"),
     Rule(_M, "unlink", "sockets and pid file, at the end; a snapshot that failed, or is replaced"),
 
-    # -- back ends in other processes, if there are any at the start, else EACCES
+    # -- back ends in other processes, if there are any at the start, else EPERM
     Rule(_ALL, "sendmsg", "vhost-user: a driver's set-up, a reset, a pause are told", action=IF_VHOST_USER),
     Rule(_ALL, "recvfrom", "vhost-user: the answers", action=IF_VHOST_USER),
     Rule(_IM, "socket", "vhost-user: a lost back end is tried again", Test(0, "AF_UNIX", (1,)),
