@@ -111,6 +111,11 @@ def _parse(text: str) -> Any:
         value, end = _json.make_scanner(_Scanning)(text, start)  # type: ignore[arg-type]  # any object with these names will do
     except StopIteration as error:
         raise ValueError(f"nothing that can be read at character {error.value}") from None
+    except SystemError:  # what the scanner raises is defined in json.decoder, and without that it raises nothing
+        import json
+
+        json.loads(text)
+        raise ValueError("text that cannot be read") from None
     if text[end:].strip(_WHITE):
         raise ValueError(f"something behind the end, at character {end}")
     return value
