@@ -39,6 +39,9 @@ def main() -> int:
         from stratovirt.launcher import command as launcher
 
         return launcher.main(argv[1:])
+    from stratovirt import bundle
+
+    bundle.install()
     return start(argv, _STARTED_AT)
 
 
@@ -117,7 +120,7 @@ def run(config: VmConfig, started_at: float = _STARTED_AT, attachment: Attachmen
 
 def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started_at: float,
                  attachment: Attachment | None) -> int:
-    from stratovirt import log
+    from stratovirt import bundle, log
     from stratovirt.loop import EventLoop
     from stratovirt.machine.microvm import MicroVm
     from stratovirt.process import PidFile, handle_signals
@@ -164,6 +167,7 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
             report("")
         for listener in listeners:
             listener.serve(machine)
+        bundle.refresh()
         machine.close_behind()
         if sandbox is not None:
             sandbox.confine_main()

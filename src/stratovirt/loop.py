@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from bisect import insort
+from _bisect import insort_right as insort  # the half of `bisect` that is part of the interpreter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

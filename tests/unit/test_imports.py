@@ -22,7 +22,7 @@ LAYERS = (
     ("memory", "address_map", "loop", "iothread", "hostmap", "barrier", "sandbox"),
     ("log",),
     ("config",),
-    ("errors",),
+    ("errors", "bundle", "bundle_writer"),
 )
 RANK = {part: len(LAYERS) - number for number, parts in enumerate(LAYERS) for part in parts}
 # Neighbours on one row that may know each other: RAM is made of host mappings.
@@ -36,6 +36,8 @@ NEIGHBOURS = {
     ("__main__", "process"),
     ("__main__", "launcher"),
     ("launcher", "__main__"),
+    ("bundle_writer", "bundle"),
+    ("bundle", "bundle_writer"),
     ("launcher", "process"),
     ("__main__", "lockdown"),
     ("iothread", "sandbox"),
@@ -83,6 +85,7 @@ SLOW_MODULES = {
 # Imported only once the guest runs, or by subcommands that start no guest.
 OFF_BOOT_PATH = (
     "stratovirt.control",
+    "stratovirt.bundle_writer",
     "stratovirt.launcher.warm",
     "stratovirt.cli.doctor",
     "stratovirt.cli.run",
