@@ -7,7 +7,8 @@ all ones and write nowhere, as an empty ISA or PCI bus answers.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from _bisect import bisect_right
+from _bisect import insort_right as insort
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
