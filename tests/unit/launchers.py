@@ -60,9 +60,10 @@ class LauncherProcess:
         """One child is the spare."""
         return len(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()) - 1
 
-    def private_kib(self) -> int:
-        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
-        return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_"))
+    def resident_kib(self) -> int:
+        """Memory of its own, shared with its spare child or not."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0])
 
 
 class Client:

@@ -345,11 +345,11 @@ def test_machines_in_a_row_leave_nothing(launcher, count) -> None:
     descriptors = launcher.descriptors()
     run(100)  # until the allocator has what it needs
     until(lambda: launcher.descriptors() == descriptors, "descriptors are left")
-    private = launcher.private_kib()
+    resident = launcher.resident_kib()
     run(count)
     until(lambda: launcher.machines() == 0, "children are left")
     until(lambda: launcher.descriptors() == descriptors, "descriptors are left")
-    assert launcher.private_kib() <= private + 64
+    assert launcher.resident_kib() <= resident + 64
     assert len(os.listdir(f"/proc/{launcher.pid}/task")) == 1
 
 
