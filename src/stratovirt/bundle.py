@@ -11,10 +11,11 @@ Layout of the file: the length of what follows as 8 bytes; marshal of (tag, byte
 marshalled. `index`: name → (path of the source, path of the compiled file, whether it is a package, time, size, offset,
 length). The tag names who can read it.
 
-Only modules that are part of the interpreter: this comes before everything else.
+Only modules that are part of the interpreter, and `mmap`, which every start needs: this comes before everything else.
 """
 
 import marshal
+import mmap
 import posix
 import sys
 
@@ -50,10 +51,11 @@ class Bundle:
         try:
             fd = posix.open(self.path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
             try:
-                data = posix.read(fd, posix.fstat(fd).st_size)
+                # Mapped: only what is imported is looked at, and all who start share it. It is replaced, never changed.
+                data = memoryview(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
             finally:
                 posix.close(fd)
-        except OSError:
+        except (OSError, ValueError):
             return  # the first start of this version, or nothing of ours
         end = HEADER + int.from_bytes(data[:HEADER], "little")
         try:
@@ -62,7 +64,7 @@ class Bundle:
             return  # it was cut short
         if tag != self.tag or length != len(data) - end:
             return
-        self._data = memoryview(data)[end:]
+        self._data = data[end:]
         self.index = index
         self.stale = False
 
