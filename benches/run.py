@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benches import block, boot, boot_arm64, density, disk, exits, imports, launcher, memory, phases, rate, start
+from benches import block, boot, boot_arm64, density, disk, exits, imports, launcher, memory, net, phases, rate, start
 from benches.report import BenchError
 
 BENCHES: dict[str, Callable[[int], None]] = {
@@ -21,6 +21,7 @@ BENCHES: dict[str, Callable[[int], None]] = {
     "boot": boot.run,
     "disk": disk.run,
     "block": block.run,
+    "net": net.run,
 }
 # What is measured in the arm64 lab, by the same names.
 ON_ARM64: dict[str, Callable[[int], None]] = {"boot": boot_arm64.run}
