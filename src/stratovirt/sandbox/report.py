@@ -20,15 +20,16 @@ def report() -> str:
     lines: list[str] = []
     for kind in KINDS:
         allowed = [rule for rule in rules_of(kind) if rule.allows]
-        lines.append(f"{KIND_NAMES[kind]}: {len(allowed_calls(kind))} system calls")
+        named, at_once = len(allowed_calls(kind)), calls_of_a_process((kind,))
+        lines.append(f"{KIND_NAMES[kind]}: {named} system calls" + (f", {at_once} in one process" if at_once < named else ""))
         lines += [f"  {rule.call:<18}{rule.reason}{_arguments(rule)}" for rule in allowed]
         lines.append("")
     refused = dict.fromkeys((rule.call, rule.reason) for kind in KINDS for rule in rules_of(kind) if not rule.allows)
     lines.append("answered with ENOSYS:")
     lines += [f"  {call:<18}{reason}" for call, reason in refused]
     lines += ["", "Everything else ends the process with a line in the log (SIGSYS).",
-              f"{calls_of_a_process()} system calls in all; " + ", ".join(
-                  f"{KIND_NAMES[kind]} {len(allowed_calls(kind))}" for kind in KINDS)]
+              f"{calls_of_a_process()} system calls in all; at most " + ", ".join(
+                  f"{KIND_NAMES[kind]} {calls_of_a_process((kind,))}" for kind in KINDS)]
     return "\n".join(lines) + "\n"
 
 

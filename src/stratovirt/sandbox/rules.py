@@ -209,8 +209,7 @@ def allowed_calls(kind: int) -> set[str]:
     return {rule.call for rule in rules_of(kind) if rule.allows}
 
 
-def calls_of_a_process() -> int:
-    """How many calls the threads of one process may make together, at most."""
-    kinds = (VCPU, IOTHREAD, MAIN)
+def calls_of_a_process(kinds: tuple[int, ...] = (VCPU, IOTHREAD, MAIN)) -> int:
+    """How many calls the threads of these kinds may make together, at most: some rows exclude each other in a process."""
     return max(len({rule.call for kind in kinds for rule in rules_of(kind) if rule.allows and rule.action != other})
                for other in (IF_VHOST_USER, UNLESS_VHOST_USER))
