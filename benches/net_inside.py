@@ -106,7 +106,7 @@ def _command(monitor: str, way: str, kernel: Path, ram_disk: Path, launcher: str
     netdev = f"tap,id=n,ifname={_TAP},script=no,downscript=no,vhost={vhost}"
     command = machines.qemu(kernel, MEMORY, 1, *more, "-global", "virtio-mmio.force-legacy=false", "-netdev", netdev,
                             "-device", f"virtio-net-device,netdev=n,mac={_MAC}", serial=True)
-    return [word.replace("auto-kernel-cmdline=off", "auto-kernel-cmdline=on") for word in command]
+    return [word.replace("auto-kernel-cmdline=off", "auto-kernel-cmdline=on,acpi=off") for word in command]
 
 
 class Machine:
