@@ -20,6 +20,7 @@ from kvm.conftest import SOURCE, Program
 from kvm.guests import DATA, Asm
 from kvm.memories import KINDS, arguments
 from kvm.test_qmp import Client
+from stratovirt.arch.x86_64 import layout
 from stratovirt.errors import StratoVirtError
 from stratovirt.snapshot import memory_file, state_file
 
@@ -69,6 +70,8 @@ def test_a_counter_goes_on_and_so_does_its_timer(machine, snapshot, tmp_path) ->
     assert (second.word(TICKS), second.word(TURNS), second.vm.state) == (ticks, turns, "created")
     second.start()
     assert second.vm.state == "running", "-S has no effect"
+    ids = [bytes(each.memory.read(layout.GENERATION_ID, 16)) for each in (first, second)]
+    assert len({*ids, bytes(16)}) == 3, "each of them has a generation ID of its own"
     second.run_until(lambda: second.word(TICKS) > ticks + 40 and second.word(TURNS) > turns)
     first.vm.resume()
     first.run_until(lambda: first.word(TICKS) > ticks + 40)

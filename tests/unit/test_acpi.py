@@ -22,6 +22,7 @@ def configuration(processors: int, slots: int, serial: bool) -> acpi.AcpiConfig:
         (layout.SLEEP_CONTROL_PORT, layout.SLEEP_STATUS_PORT, layout.SLEEP_TYPE_S5),
         (layout.SERIAL_PORT, layout.SERIAL_PORTS, layout.SERIAL_IRQ) if serial else None,
         [(slot.number, slot.acpi_base, layout.VIRTIO_MMIO_SIZE, slot.irq) for slot in map(layout.slot, range(slots))],
+        (layout.GENERATION_ID, layout.GENERATION_IRQ) if slots else None,
     )
 
 

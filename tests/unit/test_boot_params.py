@@ -101,6 +101,7 @@ def test_nothing_in_low_memory_overlaps():
     for (address, data), (following, _) in pairwise(pieces):
         assert address + len(data) <= following
     assert layout.ZERO_PAGE + 4096 <= layout.BOOT_STACK <= layout.PML4
+    assert layout.ACPI_TABLES + (120 << 10) <= layout.GENERATION_ID <= layout.FIRMWARE_END - 16
 
 
 def test_the_page_tables_map_the_first_gib_to_itself():

@@ -87,13 +87,16 @@ class AcpiConfig:
     """What the tables describe.
 
     `processors` are the APIC ids; `virtio` lists (number, base, size, gsi) per occupied slot; `serial` is (port,
-    ports, irq) or None. `reset` and `sleep` are ports and values: (port, value), and (control port, status port, S5 type).
+    ports, irq) or None; `generation` is (address, gsi) of the generation ID, or None. `reset` and `sleep` are ports and
+    values: (port, value), and (control port, status port, S5 type).
     """
 
-    __slots__ = ("ioapic", "ioapic_id", "lapic", "processors", "reset", "serial", "sleep", "virtio")
+    __slots__ = ("generation", "ioapic", "ioapic_id", "lapic", "processors", "reset", "serial", "sleep", "virtio")
 
     def __init__(self, processors: list[int], lapic: int, ioapic: int, ioapic_id: int, reset: tuple[int, int],
-                 sleep: tuple[int, int, int], serial: tuple[int, int, int] | None, virtio: list[VirtioDevice]) -> None:
+                 sleep: tuple[int, int, int], serial: tuple[int, int, int] | None, virtio: list[VirtioDevice],
+                 generation: tuple[int, int] | None = None) -> None:
+        self.generation = generation
         self.processors = processors
         self.lapic = lapic
         self.ioapic = ioapic
@@ -161,7 +164,7 @@ def madt(config: AcpiConfig) -> bytes:
 
 
 def dsdt(config: AcpiConfig) -> bytes:
-    """Differentiated System Description Table: the serial port, the virtio-mmio devices and the sleep type of S5."""
+    """Differentiated System Description Table: serial port, virtio-mmio devices, generation ID, the sleep type of S5."""
     devices = []
     if config.serial is not None:
         port, ports, irq = config.serial
@@ -180,11 +183,36 @@ def dsdt(config: AcpiConfig) -> bytes:
             aml.name("_CCA", aml.integer(1)),
             aml.name("_CRS", aml.resource_template(aml.memory32_fixed(base, size), aml.interrupt(gsi))),
         ))
+    if config.generation is not None:
+        devices += _generation_id(*config.generation)
     zero = aml.integer(0)
     return _table(b"DSDT", _DSDT_REVISION, b"".join([
         aml.scope("_SB_", *devices) if devices else b"",
         aml.name("_S5_", aml.package(aml.integer(config.sleep[2]), zero, zero, zero)),
     ]))
+
+
+def _generation_id(address: int, gsi: int) -> tuple[bytes, bytes]:
+    """The device that tells a guest that it was cloned, and the one whose interrupt says that this has just happened.
+
+    Spec: "Virtual Machine Generation ID" (Microsoft, 2012); Generic Event Device, ACPI 6.3, 5.6.9.
+    """
+    return (
+        aml.device(
+            "VGEN",
+            aml.name("_HID", aml.string("STRV0001")),
+            aml.name("_CID", aml.package(aml.string("VM_Gen_Counter"), aml.string("VMGENCTR"))),
+            aml.name("_DDN", aml.string("VM_Gen_Counter")),
+            aml.name("ADDR", aml.package(aml.integer(address & 0xFFFF_FFFF), aml.integer(address >> 32))),
+        ),
+        aml.device(
+            "GED_",
+            aml.name("_HID", aml.string("ACPI0013")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name("_CRS", aml.resource_template(aml.interrupt(gsi))),
+            aml.method("_EVT", 1, aml.notify("VGEN", 0x80), serialized=True),
+        ),
+    )
 
 
 def _table(signature: bytes, revision: int, body: bytes | bytearray) -> bytes:

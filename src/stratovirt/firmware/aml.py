@@ -23,6 +23,7 @@ _PACKAGE_OP = b"\x12"
 _METHOD_OP = b"\x14"
 _DUAL_NAME_PREFIX = b"\x2e"
 _MULTI_NAME_PREFIX = b"\x2f"
+_NOTIFY_OP = b"\x86"
 _DEVICE_OP = b"\x5b\x82"
 _RETURN_OP = b"\xa4"
 
@@ -120,6 +121,11 @@ def method(path: str, arguments: int, *terms: bytes, serialized: bool = False) -
 
 def returns(value: bytes) -> bytes:
     return _RETURN_OP + value
+
+
+def notify(path: str, value: int) -> bytes:
+    """Notify (path, value): tell the operating system about a device."""
+    return _NOTIFY_OP + name_string(path) + integer(value)
 
 
 def package(*elements: bytes) -> bytes:

@@ -206,4 +206,5 @@ class Incoming:
             platform.restore(self._state.section("platform"))
             accelerator.processors.restore(self._state.section("processors"))
             self._state.end()
+            platform.tell_generation(machine.memory)
         log.info(f"restored from snapshot {self._id}")

@@ -3,8 +3,8 @@
     0000_0500  GDT, IDT             0009_FC00  MP floating pointer       C000_0000  end of low RAM (at most)
     0000_6000  PVH start_info       000D_0000  MP configuration table    F010_0000  virtio-mmio, command line's window
     0000_7000  zero page            000E_0000  RSDP, ACPI tables         F020_0000  virtio-mmio, ACPI's window
-    0000_9000  page tables          0010_0000  kernel and initrd         FEC0_0000  IOAPIC
-    0002_0000  command line                                              FEE0_0000  LAPIC
+    0000_9000  page tables          000F_F000  generation ID             FEC0_0000  IOAPIC
+    0002_0000  command line         0010_0000  kernel and initrd         FEE0_0000  LAPIC
                                                                          1_0000_0000  RAM above 3 GiB
 
 Every virtio-mmio slot answers in two windows: the one that the command line announces, for kernels built for microVMs, and
@@ -38,6 +38,7 @@ EBDA_END = 0xA_0000
 FIRMWARE = 0xD_0000
 MP_TABLE = 0xD_0000
 ACPI_TABLES = 0xE_0000
+GENERATION_ID = 0xF_F000  # 16 bytes
 FIRMWARE_END = 0x10_0000
 
 HIGH_MEMORY = 0x10_0000
@@ -51,6 +52,7 @@ VIRTIO_MMIO = 0xF010_0000
 VIRTIO_MMIO_ACPI = 0xF020_0000
 VIRTIO_MMIO_SIZE = 0x200
 VIRTIO_FIRST_IRQ = 5
+GENERATION_IRQ = 16
 VIRTIO_SLOTS = 11  # interrupts 5 to 15: all that the ISA numbers leave free
 
 IOAPIC = 0xFEC0_0000

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.devices.pl011 import Pl011
     from stratovirt.machine.aarch64.processors import Wiring
+    from stratovirt.memory import GuestMemory
     from stratovirt.snapshot.saved import Saved
 
 
@@ -44,6 +45,10 @@ class PlatformDevices:
         raise HostError("there are no snapshots of arm64 machines yet")
 
     def restore(self, state: Saved) -> None:
+        """Raises: HostError."""
+        raise HostError("there are no snapshots of arm64 machines yet")
+
+    def tell_generation(self, memory: GuestMemory) -> None:
         """Raises: HostError."""
         raise HostError("there are no snapshots of arm64 machines yet")
 

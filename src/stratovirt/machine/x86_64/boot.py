@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from stratovirt.arch.x86_64 import boot_params, layout, pvh, registers
 from stratovirt.firmware import acpi, mptable
 from stratovirt.loader.image import place
@@ -24,6 +26,7 @@ class Boot(boot.Boot):
         self._apic_ids = topology_of(config.smp).apic_ids
         self._slots = slots
         self._has_serial = config.serial is not None
+        self._generation = os.urandom(16)  # a restored snapshot has another (machine/snapshot.py)
         super().__init__(config, layout.ram_ranges(config.memory_size))
         words = layout.command_line_words(slots)
         self._command_line = boot_params.command_line(config.kernel_cmdline + words, self.kernel.cmdline_size)
@@ -56,8 +59,10 @@ class Boot(boot.Boot):
             reset=(layout.KEYBOARD_CONTROLLER_PORT, layout.KEYBOARD_CONTROLLER_RESET),
             sleep=(layout.SLEEP_CONTROL_PORT, layout.SLEEP_STATUS_PORT, layout.SLEEP_TYPE_S5),
             serial=(layout.SERIAL_PORT, layout.SERIAL_PORTS, layout.SERIAL_IRQ) if self._has_serial else None,
+            generation=(layout.GENERATION_ID, layout.GENERATION_IRQ),
             virtio=[(slot.number, slot.acpi_base, layout.VIRTIO_MMIO_SIZE, slot.irq) for slot in self._slots],
         )
+        memory.write(layout.GENERATION_ID, self._generation)
         memory.write(layout.ACPI_TABLES, acpi.build(tables, layout.ACPI_TABLES))
 
     def enter(self, vcpu: KvmVcpu) -> None:

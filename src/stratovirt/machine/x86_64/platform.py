@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from stratovirt.arch.x86_64 import layout
 from stratovirt.devices.cmos_rtc import CmosRtc
 from stratovirt.devices.i8042 import I8042
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.devices.serial import Serial
     from stratovirt.machine.kvm import Wiring
+    from stratovirt.memory import GuestMemory
     from stratovirt.snapshot.saved import Saved
 
 _CMOS_PORT, _KEYBOARD_DATA_PORT = 0x70, 0x60
@@ -54,6 +57,11 @@ class PlatformDevices:
         if serial is not None and self.serial is not None:
             self.serial.restore(serial)
         state.end()
+
+    def tell_generation(self, memory: GuestMemory) -> None:
+        """The guest is another one than it was: it gets a new generation ID, and an interrupt that says so."""
+        memory.write(layout.GENERATION_ID, os.urandom(16))
+        self._vm.create_irqfd(layout.GENERATION_IRQ).trigger()
 
     def reset(self) -> None:
         """All of them, as after power-on. Thread: main, while no vCPU runs."""
