@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benches import block, boot, boot_arm64, density, disk, exits, imports, launcher, memory, net, phases, rate, start
+from benches import block, boot, boot_arm64, clone, density, disk, exits, imports, launcher, memory, net, phases, rate, start
 from benches.report import BenchError
 
 BENCHES: dict[str, Callable[[int], None]] = {
     "start": start.run,
     "launcher": launcher.run,
+    "clone": clone.run,
     "memory": memory.run,
     "rate": rate.run,
     "density": density.run,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 
+from stratovirt.arch.x86_64 import layout
+
 LETTER = b"A"
 EXIT_PORT = 0xF4
 _EXIT_VALUE = 0x15
@@ -34,6 +36,13 @@ _IDLE = bytes([
 def idle() -> bytes:
     """A guest that writes its letter and sleeps until it is ended from outside."""
     return image(_IDLE)
+
+
+def cloned() -> bytes:
+    """A guest that waits until its generation ID has changed, which is when it has been restored, and goes on as `image`."""
+    there, kept = struct.pack("<I", layout.GENERATION_ID), struct.pack("<I", 0x200000)
+    wait = b"\xa1" + there + b"\x3b\x05" + kept + b"\x74\xf3"  # mov eax, [there]; cmp eax, [kept]; je back
+    return image(b"\xa1" + there + b"\xa3" + kept + wait + _CODE)
 
 
 def writing(count: int) -> bytes:

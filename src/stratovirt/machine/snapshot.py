@@ -150,6 +150,8 @@ class Incoming:
                 raise section.error("kind", f"{kind!a} is no device of a replaceable slot")
             if id and id not in wanted:
                 raise section.error("id", f"the snapshot has a {kind} device {id!a}, and there is no -device with that id")
+            if not id and not config.qmp and not section.integer("status", 0, 0xFF):
+                continue  # no driver has ever looked at it, and nobody could put anything there
             found.append((number, id, kind, section))
         return found
 
