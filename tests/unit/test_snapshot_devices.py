@@ -281,6 +281,26 @@ def test_a_port_goes_on_in_the_middle_of_a_buffer(make: Callable[[str], Any]) ->
     client.close()
 
 
+def test_a_paused_console_says_nothing_more(make: Callable[[str], Any]) -> None:
+    """What the guest has sent, and the device not taken, is in the snapshot: it must not come out of both machines."""
+    driver = make("console")
+    driver.start_driver()
+    driver.open(2)
+    client = driver.connect("agent")
+    driver.device.pause()
+    driver.send(7, b"once")
+    client.send(b"typed")
+    addresses = driver.give(6)
+    driver.idle()
+    with pytest.raises(BlockingIOError):
+        client.recv(16)
+    assert driver.queues[6].collect() == [] and not driver.device._ports[2].pending
+    driver.device.resume()
+    driver.idle()
+    assert client.recv(16) == b"once"
+    assert driver.received(6, addresses) == b"typed"
+
+
 def test_ports_say_anew_who_is_there(make: Callable[[str], Any]) -> None:
     driver, other = make("console"), make("console")
     driver.start_driver()

@@ -78,6 +78,7 @@ class VirtioConsole(VirtioDevice):
         data, control = (DATA_QUEUE_SIZE,) * 2, (CONTROL_QUEUE_SIZE,) * 2
         self.queue_sizes = data + control + data * (count - 1)
         self.config = struct.pack("<HHII", 0, 0, count, 0)
+        self._paused = False
         # By port and event, so that no guest makes it grow: a newer message replaces the one it contradicts.
         self._control: dict[tuple[int, int], bytes] = {}
         for port in ports:
@@ -106,6 +107,16 @@ class VirtioConsole(VirtioDevice):
         for port in self._ports.values():
             port.open = False
             port.sending = None
+
+    def pause(self) -> None:
+        with self._work:
+            self._paused = True
+
+    def resume(self) -> None:
+        with self._work:
+            self._paused = False
+        for index in range(len(self.queue_sizes)):
+            self._requeue(index)
 
     # -- snapshots
 
@@ -158,7 +169,7 @@ class VirtioConsole(VirtioDevice):
 
     def _can_receive(self, port: Port) -> int:
         with self._work:
-            queue = self.queues[port.rx] if self.active else None
+            queue = self.queues[port.rx] if self.active and not self._paused else None
             if queue is not None and port.open and not port.pending and queue.enable_notifications():
                 return READ_SIZE
             port.starved = True
@@ -180,6 +191,8 @@ class VirtioConsole(VirtioDevice):
     # -- queues
 
     def _drain(self, index: int, queue: Virtqueue) -> bool:
+        if self._paused:
+            return False
         if index == CONTROL_TX:
             return super()._drain(index, queue)
         if index == CONTROL_RX:
