@@ -136,7 +136,15 @@ assert not [name for name in sys.modules if "snapshot" in name]
 import stratovirt.machine.snapshot, stratovirt.machine.x86_64.saved_processors
 from stratovirt.snapshot import state_file
 state_file.decode(b'{{"magic": "STRATOVIRT", "version": 1}}')
-print(*sorted({{"json", "re", "enum", "contextlib", "collections", "typing"}} & set(sys.modules)))
+loaded = set(sys.modules)
+for bad in (b'{{"a": "', b'{{"a" 1}}', b'{{"a": "\\x"}}', b'[1,', b'{{"a": \t"\t"}}'):
+    try:
+        state_file.decode(bad)
+    except Exception as error:
+        assert type(error).__name__ == "SnapshotError" and "not JSON" in str(error), error
+    else:
+        raise AssertionError(bad)
+print(*sorted({{"json", "re", "enum", "contextlib", "collections", "typing"}} & loaded))
 """
     done = subprocess.run([sys.executable, "-IS", "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "\n", done.stdout
