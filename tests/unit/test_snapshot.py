@@ -137,7 +137,7 @@ import stratovirt.machine.snapshot, stratovirt.machine.x86_64.saved_processors
 from stratovirt.snapshot import state_file
 state_file.decode(b'{{"magic": "STRATOVIRT", "version": 1}}')
 loaded = set(sys.modules)
-for bad in (b'{{"a": "', b'{{"a" 1}}', b'{{"a": "\\x"}}', b'[1,', b'{{"a": \t"\t"}}'):
+for bad in (b'{{"a": "', b'{{"a" 1}}', b'[1,'):
     try:
         state_file.decode(bad)
     except Exception as error:
