@@ -61,9 +61,9 @@ class LauncherProcess:
         return len(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()) - 1
 
     def resident_kib(self) -> int:
-        """Memory of its own, shared with its spare child or not."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0])
+        """Memory of its own, shared with its spare child or not; counted page by page, which RssAnon is not."""
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        return int(rollup.partition("\nAnonymous:")[2].split()[0])
 
 
 class Client:
