@@ -63,7 +63,12 @@ class QueueTap(PacketTap):
         super().__init__(ours.detach())
         self.attached = True
         self.refuse = 0
-        self.closed = False
+        self.closed = self.deleted = False
+
+    def set_offload(self, flags: int) -> None:
+        if self.deleted:
+            raise TapGoneError.from_os("TUNSETOFFLOAD on tap tap0", OSError(errno.EBADFD, os.strerror(errno.EBADFD)))
+        super().set_offload(flags)
 
     def enable(self, on: bool) -> None:
         if self.refuse:
@@ -482,6 +487,19 @@ def test_a_ring_that_the_kernel_cannot_follow(make: Callable[..., PairsDriver]) 
     assert driver.status & NEEDS_RESET
     assert driver.kernels[0].runs_on == -1
     assert len(driver.errors) == 1
+
+
+def test_a_tap_that_takes_no_frames_because_it_is_gone(make: Callable[..., PairsDriver]) -> None:
+    """vhost says "broken ring" for a frame that it could not send, and now and then before epoll says anything of the tap."""
+    driver = make(pairs=1, vhost=True)
+    driver.start(VERSION_1)
+    driver.taps[0].deleted = True
+    os.eventfd_write(driver.kernels[0].last(VRING_ERR)[1][0], 1)
+    driver.settle()
+    assert not driver.status & NEEDS_RESET
+    assert driver.kernels[0].runs_on == -1
+    assert driver.read(CONFIG + 6, 2) & 1 == 0
+    assert [type(error) for error in driver.reported] == [TapGoneError]
 
 
 def test_a_broken_control_queue_stops_the_kernel(make: Callable[..., PairsDriver]) -> None:

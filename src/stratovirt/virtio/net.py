@@ -211,10 +211,13 @@ class VirtioNet(VirtioDevice):
         if self._tap_gone:
             return
         try:
-            tap = self.pairs[0].tap  # for all queues of the device
-            tap.set_offload(flags if tap.ufo else flags & ~TUN_F_UFO)
+            self._tell_tap(flags)
         except HostError as error:
             self.report(error)
+
+    def _tell_tap(self, offload: int) -> None:
+        tap = self.pairs[0].tap  # for all queues of the device
+        tap.set_offload(offload if tap.ufo else offload & ~TUN_F_UFO)
 
     def close(self) -> None:
         """The device is unplugged, and reset. Thread: the device's loop."""
@@ -290,6 +293,17 @@ class VirtioNet(VirtioDevice):
     def _set_config(self) -> None:
         status = LINK_UP if self.link_up else 0
         self.config = self.filter.mac + status.to_bytes(2, "little") + len(self.pairs).to_bytes(2, "little")
+
+    def find_tap_gone(self) -> bool:
+        """Whether it is: vhost calls it a broken ring when a tap takes no frames any more, the deleted one included."""
+        if not self._tap_gone:
+            try:
+                self._tell_tap(self._offload)
+            except TapGoneError as error:
+                self.lose_tap(error)
+            except HostError as error:
+                self.report(error)
+        return self._tap_gone
 
     def lose_tap(self, error: HostError) -> None:
         """The device was deleted on the host. Thread: any loop of the device; a queue's lock may be held."""

@@ -204,5 +204,5 @@ class Pairs:
 
     def _on_broken_ring(self, _events: int) -> None:
         os.eventfd_read(self._error_fd)
-        if self._device.active:
+        if self._device.active and not self._device.find_tap_gone():
             self._device.break_down(GuestError(self._device.name, "a ring that the kernel cannot follow", "VIRTIO 1.2, 2.7"))
