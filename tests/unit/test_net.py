@@ -13,6 +13,7 @@ import pytest
 from stratovirt.backends.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6
 from stratovirt.errors import HostError
 from stratovirt.virtio.net import CTRL, F_CTRL_VLAN, F_MRG_RXBUF, RX, TX
+from stratovirt.virtio.net_receive import RX_BATCH, SMALL_FRAME
 from unit import virtio_driver as vd
 from unit.virtio_devices import NetDriver
 from unit.virtio_driver import GuestQueue
@@ -214,6 +215,17 @@ def test_defect_3_receiving_goes_on_after_a_refill(net: Interface) -> None:
         except BlockingIOError:
             pass
     assert got == frames
+
+
+@pytest.mark.parametrize("features", [HIGH_FEATURES, HIGH_FEATURES | vd.EVENT_IDX])
+def test_a_turn_that_ends_with_the_last_buffer_at_hand_is_not_the_last(net: Interface, features: int) -> None:
+    """Each frame fills what was popped for it, and more of them wait than one turn moves: there must be another turn."""
+    net.start(features)
+    frames = [frame(60 + number % 50) for number in range(RX_BATCH + 20)]
+    for each in frames:
+        net.arrive(each)
+    net.post([SMALL_FRAME] * len(frames))
+    assert [length - 12 for _, length in net.rx.collect()] == [len(each) for each in frames]
 
 
 @pytest.mark.parametrize("features", [HIGH_FEATURES, HIGH_FEATURES | vd.EVENT_IDX | vd.INDIRECT_DESC])

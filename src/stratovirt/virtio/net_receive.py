@@ -119,14 +119,20 @@ class Receiver:
     # -- queue work, with `lock` held
 
     def receive(self, queue: Virtqueue) -> None:
-        """Frames from the tap to the driver. There is no need for another turn: the tap stays readable and says so itself."""
+        """Frames from the tap to the driver. There is no need for another turn: the tap stays readable and says so itself.
+
+        It is watched unless the driver has no buffers, and then a refill is notified. A turn that ends before that is known,
+        with the last buffer at hand just filled, has the tap watched as well.
+        """
         if self._tap is None or not self._device.link_up:
             self._watch(False)
             return
+        go_on = True
         for _ in range(RX_BATCH):
             self._take_buffers(queue, self._held or self._wanted)
             length = self._held or self._read_frame()
             if length == 0:
+                go_on = bool(self._room)
                 break
             self._take_buffers(queue, length)
             if length > self._room and not self._is_hopeless(queue):
@@ -136,7 +142,7 @@ class Receiver:
             self._held = 0
             if length <= self._room:
                 self._deliver(queue, length)
-        self._watch(bool(self._room) and self._retry is None)
+        self._watch(go_on and self._retry is None)
 
     def _take_buffers(self, queue: Virtqueue, wanted: int) -> None:
         """Pop chains until there is room for `wanted` bytes; without mergeable buffers a frame has one chain and no more."""
