@@ -42,9 +42,10 @@ WAYS = {
     "vhost": ((), ",vhost=on", "", 1),
     "vhost, two queues": ((), ",vhost=on,queues=2", ",mq=on,vectors=6", 2),
 }
-STANDS_STILL = "two queues"  # a copy in both directions at once: a known defect, see test_a_copy_with_two_queues
+STANDS_STILL = "two queues"  # or nearly: a copy both ways at once, see test_a_copy_with_two_queues
 SECONDS = 3
 AMOUNT = 32  # MiB
+AMOUNT_THERE_AND_BACK = 8  # MiB: both directions at once are slow on the emulated host's one processor
 
 
 class Copy:
@@ -67,7 +68,7 @@ def test_ping_and_iperf_both_ways(boot: Callable[..., Guest], make_tap: Callable
     more, netdev, device, pairs = WAYS[way]
     tap = make_tap(*(["multi_queue"] if pairs > 1 else []))
     up, down = Iperf(5201), Iperf(5202)
-    copy = Copy(AMOUNT) if way != STANDS_STILL else None
+    copy = Copy(AMOUNT_THERE_AND_BACK) if way != STANDS_STILL else None
     command = f"""{CONFIGURE}
     ls /sys/class/net/eth0/queues | wc -l
     ping -c 3 -i 0.2 -q {HOST} >/tmp/ping && ping -c 3 -i 0.2 -q -s 1400 {HOST} >/tmp/ping; echo ping $?
@@ -80,7 +81,7 @@ def test_ping_and_iperf_both_ways(boot: Callable[..., Guest], make_tap: Callable
     """
     guest = boot("small-elf", command, smp=pairs, memory=384, programs=("iperf3",),
                  extra=network(tap, *more, keys=device, netdev_keys=netdev))
-    guest.wait_for(b"ready\n", stream=guest.stdout)
+    guest.wait_for(b"ready\n", stream=guest.stdout, seconds=300)
     run(str(assets.busybox()), "ping", "-c", "3", "-q", GUEST)
     assert guest.stdout.decode().splitlines()[1:5] == ["ping 0", "up 0", "down 0", "ping 0"]
     if copy is not None:
@@ -93,7 +94,7 @@ def test_ping_and_iperf_both_ways(boot: Callable[..., Guest], make_tap: Callable
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="a copy in both directions stands still with two queue pairs served by this process")
+@pytest.mark.xfail(strict=True, reason="a copy both ways does not end in two minutes with two queue pairs and no vhost")
 def test_a_copy_with_two_queues(boot: Callable[..., Guest], make_tap: Callable[..., str]) -> None:
     more, netdev, device, pairs = WAYS[STANDS_STILL]
     copy = Copy(AMOUNT)
