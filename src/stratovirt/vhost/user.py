@@ -25,20 +25,9 @@ from stratovirt.vhost import _user as proto
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Protocol
 
     from stratovirt.memory import GuestMemory
-
-    class Ring(Protocol):
-        """A Virtqueue, of which the back end is told the geometry and where to go on."""
-
-        size: int
-        descriptor_table: int
-        avail_ring: int
-        used_ring: int
-
-        @property
-        def position(self) -> int: ...
+    from stratovirt.vhost.net import Ring
 
 # Seconds for all the messages of one step together. A vCPU may wait for them, or the main loop.
 HANDSHAKE_SECONDS = 5.0

@@ -20,12 +20,12 @@ from stratovirt.backends.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UF
 from stratovirt.errors import GuestError, HostError
 from stratovirt.loop import EventLoop
 from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice
-from stratovirt.virtio.net_filter import CLASS_MQ, MAC_SIZE, MAX_COMMAND, MQ_PAIRS_SET, ReceiveFilter
+from stratovirt.virtio.net_filter import MAC_SIZE, MQ_PAIRS_SET, ReceiveFilter
 from stratovirt.virtio.net_header import F_CSUM, F_HOST_TSO4, F_HOST_TSO6, F_HOST_UFO
 from stratovirt.virtio.net_pairs import Pair, Pairs
 from stratovirt.virtio.net_receive import LARGE_FRAME, SMALL_FRAME, Receiver
 from stratovirt.virtio.net_send import Sender
-from stratovirt.virtio.queue import Chain, Virtqueue, split
+from stratovirt.virtio.queue import Chain, Virtqueue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ _OFFLOAD_OF_FEATURE = {F_GUEST_TSO4: TUN_F_TSO4, F_GUEST_TSO6: TUN_F_TSO6, F_GUE
 
 RX, TX, CTRL = 0, 1, 2  # with one pair
 LINK_UP = 1
-ACK_OK, ACK_ERR = b"\x00", b"\x01"
 _CTRL_QUEUE_SIZE = 64
 
 
@@ -373,21 +372,10 @@ class VirtioNet(VirtioDevice):
 
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
         """A command of the control queue."""
-        if chain.readable_length < 2 or chain.writable_length < 1:
-            raise GuestError(self.name, f"a command of {chain.readable_length} readable and {chain.writable_length} writable "
-                             "bytes has no header or no ack", "VIRTIO 1.2, 5.1.6.5")
-        done = False
-        if chain.readable_length <= MAX_COMMAND:
-            request = b"".join(chain.readable)
-            if request[0] == CLASS_MQ:
-                done = self._set_pairs(request[1], request[2:])
-            else:
-                done = self.filter.command(request[0], request[1], request[2:])
-            if self.config[:MAC_SIZE] != self.filter.mac:
-                self._set_config()
-        ack, _ = split(chain.writable, 1)
-        ack[0][:] = ACK_OK if done else ACK_ERR
-        return 1
+        written = self.filter.answer(self.name, chain, self._set_pairs)
+        if self.config[:MAC_SIZE] != self.filter.mac:
+            self._set_config()
+        return written
 
     def _set_pairs(self, command: int, data: bytes) -> bool:
         """VIRTIO 1.2, 5.1.6.5.5: how many pairs the driver uses."""

@@ -13,8 +13,13 @@ table of more than 64 addresses counts as "all of them", and there are 4096 VLAN
 
 from __future__ import annotations
 
+from stratovirt.errors import GuestError
+from stratovirt.virtio.queue import Chain, split
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stratovirt.snapshot.saved import Saved
 
 CLASS_RX, CLASS_MAC, CLASS_VLAN, CLASS_MQ = 0, 1, 2, 4
@@ -22,6 +27,8 @@ MQ_PAIRS_SET = 0  # of CLASS_MQ, which is the device's own
 RX_PROMISC, RX_ALLMULTI, RX_ALLUNI, RX_NOMULTI, RX_NOUNI, RX_NOBCAST = range(6)
 MAC_TABLE_SET, MAC_ADDR_SET = 0, 1
 VLAN_ADD, VLAN_DEL = 0, 1
+
+ACK_OK, ACK_ERR = b"\x00", b"\x01"
 
 MAC_SIZE = 6
 MAX_ADDRESSES = 64
@@ -114,6 +121,25 @@ class ReceiveFilter:
         return all_unicast or destination == self.mac or self._unicast is None or destination in self._unicast
 
     # -- commands
+
+    def answer(self, name: str, chain: Chain, set_pairs: Callable[[int, bytes], bool]) -> int:
+        """Carry out the command in a chain of the control queue of device `name`; how many bytes were written into the chain.
+
+        `set_pairs` gets command and data of class MQ. Raises: GuestError.
+        """
+        if chain.readable_length < 2 or chain.writable_length < 1:
+            raise GuestError(name, f"a command of {chain.readable_length} readable and {chain.writable_length} writable "
+                             "bytes has no header or no ack", "VIRTIO 1.2, 5.1.6.5")
+        done = False
+        if chain.readable_length <= MAX_COMMAND:
+            request = b"".join(chain.readable)
+            if request[0] == CLASS_MQ:
+                done = set_pairs(request[1], request[2:])
+            else:
+                done = self.command(request[0], request[1], request[2:])
+        ack, _ = split(chain.writable, 1)
+        ack[0][:] = ACK_OK if done else ACK_ERR
+        return 1
 
     def command(self, kind: int, command: int, data: bytes) -> bool:
         """Carry out one command of the control queue. False: it is unknown or malformed, and nothing has changed."""

@@ -11,10 +11,9 @@ on after the last that was returned.
 
 from __future__ import annotations
 
-from stratovirt.errors import GuestError, HostError
+from stratovirt.errors import HostError
 from stratovirt.virtio.device import VirtioDevice
-from stratovirt.virtio.net_filter import CLASS_MQ, MAC_SIZE, MAX_COMMAND, MQ_PAIRS_SET, ReceiveFilter
-from stratovirt.virtio.queue import split
+from stratovirt.virtio.net_filter import MAC_SIZE, MQ_PAIRS_SET, ReceiveFilter
 from stratovirt.virtio.vhost_user import VhostUserDevice
 
 TYPE_CHECKING = False
@@ -36,7 +35,6 @@ _OURS = sum(1 << bit for bit in (5, 16, 17, 18, 19, 20, 23))
 _CONTROL_WITHOUT_MQ = 2
 _CONTROL_SIZE = 64
 _LINK_UP = 1
-_ACK_OK, _ACK_ERR = b"\0", b"\1"
 
 
 class VhostUserNet(VhostUserDevice):
@@ -130,21 +128,10 @@ class VhostUserNet(VhostUserDevice):
     # -- the control queue
 
     def _command(self, chain: Chain) -> int:
-        if chain.readable_length < 2 or chain.writable_length < 1:
-            raise GuestError(self.name, f"a command of {chain.readable_length} readable and {chain.writable_length} writable "
-                             "bytes has no header or no ack", "VIRTIO 1.2, 5.1.6.5")
-        done = False
-        if chain.readable_length <= MAX_COMMAND:
-            request = b"".join(chain.readable)
-            if request[0] == CLASS_MQ:
-                done = self._set_pairs(request[1], request[2:])
-            else:
-                done = self.filter.command(request[0], request[1], request[2:])
-            if self.config[:MAC_SIZE] != self.filter.mac:
-                self._set_config()
-        ack, _ = split(chain.writable, 1)
-        ack[0][:] = _ACK_OK if done else _ACK_ERR
-        return 1
+        written = self.filter.answer(self.name, chain, self._set_pairs)
+        if self.config[:MAC_SIZE] != self.filter.mac:
+            self._set_config()
+        return written
 
     def _set_pairs(self, command: int, data: bytes) -> bool:
         """VIRTIO 1.2, 5.1.6.5.5: how many pairs the driver uses."""
