@@ -122,7 +122,7 @@ def test_to_half_and_back(
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", ["stock-elf"])
 def test_reported_free_pages_leave_the_process(boot: Callable[..., Guest], tmp_path: Path, kernel: str) -> None:
-    patient = Patient(boot, tmp_path, kernel, 1, ",free-page-reporting=true,deflate-on-oom=true")
+    patient = Patient(boot, tmp_path, kernel, 1, ",free-page-reporting=true,auto-balloon=true,deflate-on-oom=true")
     until = time.monotonic() + DEADLINE
     while patient.resident() > 220:  # the guest reports what has been free for a while
         assert time.monotonic() < until, patient.resident()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -33,13 +34,13 @@ class Clock:
 
 
 class BalloonDriver(Driver):
-    def __init__(self, size: int = RAM, high: int = 0, reporting: bool = True) -> None:
+    def __init__(self, size: int = RAM, high: int = 0, reporting: bool = True, auto: tuple[int, int] | None = None) -> None:
         self.clock = Clock()
         self.loop = EventLoop(self.clock)
         self.told: list[int] = []
         self.host_errors: list[HostError] = []
         memory = guest_memory(size, high)
-        self.balloon = VirtioBalloon(memory, self.loop, self.told.append, reporting=reporting, deflate_on_oom=True,
+        self.balloon = VirtioBalloon(memory, self.loop, self.told.append, reporting=reporting, auto=auto, deflate_on_oom=True,
                                      on_error=self.host_errors.append)
         super().__init__(self.balloon, memory)
 
@@ -75,7 +76,7 @@ class BalloonDriver(Driver):
 def make() -> Iterator[Callable[..., BalloonDriver]]:
     made: list[BalloonDriver] = []
 
-    def factory(**options: int) -> BalloonDriver:
+    def factory(**options: Any) -> BalloonDriver:
         made.append(BalloonDriver(**options))
         return made[-1]
 
@@ -84,10 +85,10 @@ def make() -> Iterator[Callable[..., BalloonDriver]]:
         driver.close()
 
 
-@pytest.mark.parametrize("reporting", [False, True])
+@pytest.mark.parametrize("options", [{"reporting": False}, {"reporting": True}, {"reporting": True, "auto": (50, 10)}])
 @pytest.mark.parametrize("part", PARTS)
-def test_it_conforms(make: Callable[..., BalloonDriver], part: Callable[[Driver], None], reporting: bool) -> None:
-    part(make(size=RAM_SIZE, reporting=reporting))
+def test_it_conforms(make: Callable[..., BalloonDriver], part: Callable[[Driver], None], options: dict[str, Any]) -> None:
+    part(make(size=RAM_SIZE, **options))
 
 
 def test_features_and_queues(make: Callable[..., BalloonDriver]) -> None:
@@ -252,6 +253,60 @@ def test_a_reset_gives_everything_back_and_keeps_the_wish(make: Callable[..., Ba
 
 
 # -- the command line and QMP
+
+
+# -- auto-balloon
+
+VERSION_1, DEFLATE_ON_OOM, REPORTS, MESSAGE = 1 << 32, 1 << 2, 1 << 5, 1 << 16
+
+
+def send(driver: BalloonDriver, queue: int, message: bytes) -> None:
+    """A message in two pieces, as a driver may lay it out."""
+    driver.memory.write(LIST, message)
+    driver.queues[queue].add([(LIST, 3, False), (LIST + 3, len(message) - 3, False)])
+    driver.notify(queue)
+
+
+def test_auto_balloon_shows_its_settings(make: Callable[..., BalloonDriver]) -> None:
+    driver = make(auto=(30, 7))
+    assert driver.device.features & MESSAGE and len(driver.balloon.queue_sizes) == 4
+    assert len(make(reporting=False, auto=(30, 7)).balloon.queue_sizes) == 3
+    assert [driver.read(CONFIG + offset) for offset in range(0, 28, 4)] == [0, 0, 0, 0, 30, 7, 0]
+    driver.start(VERSION_1 | REPORTS | MESSAGE)
+    driver.write_actual(5)
+    driver.write(CONFIG + 16, 99)  # not the driver's to write
+    assert [driver.read(CONFIG + offset) for offset in range(0, 28, 4)] == [0, 5, 0, 0, 30, 7, 0]
+    assert not make().device.features & MESSAGE and make().read(CONFIG + 16) == 0
+
+
+@pytest.mark.parametrize(("features", "queue"), [(REPORTS | MESSAGE, 3), (MESSAGE, 2)])
+def test_a_message_becomes_the_target(make: Callable[..., BalloonDriver], features: int, queue: int) -> None:
+    driver = make(auto=(50, 10))
+    driver.start(VERSION_1 | features)
+    for pages, target in ((100, 100), (0, 0), (RAM // PAGE + 1, RAM // PAGE), (2**64 - 1, RAM // PAGE)):
+        generation, interrupts = driver.read(CONFIG_GENERATION), driver.line.count
+        send(driver, queue, struct.pack("<HQ", 0xFFFF, pages) + b"more")
+        assert driver.read(CONFIG) == target
+        assert driver.read(CONFIG_GENERATION) != generation and driver.line.count > interrupts
+        assert [head for head, _ in driver.queues[queue].collect()]
+        driver.queues[queue].release_all()
+    driver.balloon.set_target(RAM // 2)
+    assert driver.read(CONFIG) == RAM // 2 // PAGE
+
+
+def test_a_message_that_is_none_breaks_the_device(make: Callable[..., BalloonDriver]) -> None:
+    driver = make(auto=(50, 10))
+    driver.start(VERSION_1 | REPORTS | MESSAGE)
+    send(driver, 3, bytes(9))
+    assert driver.read(STATUS) & NEEDS_RESET and driver.read(CONFIG) == 0
+    assert [head for head, _ in driver.queues[3].collect()], "its buffer is returned"
+
+
+def test_without_the_feature_no_queue_takes_messages(make: Callable[..., BalloonDriver]) -> None:
+    driver = make(auto=(50, 10))
+    driver.start(VERSION_1 | REPORTS)
+    send(driver, 2, struct.pack("<HQ", 0, 100))
+    assert driver.read(CONFIG) == 0 and not driver.read(STATUS) & NEEDS_RESET
 
 
 def test_one_balloon_for_a_machine() -> None:

@@ -175,9 +175,11 @@ def _create_serial(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
 def _create_balloon(around: Surroundings, device: DeviceConfig) -> VirtioDevice:
     from stratovirt.virtio.balloon import VirtioBalloon
 
+    options = device.options
+    auto = (options.integer("membuf-percent"), options.integer("monitor-interval")) if options.boolean("auto-balloon") else None
     around.balloon = VirtioBalloon(
-        around.memory, around.loop, around.on_balloon, deflate_on_oom=device.options.boolean("deflate-on-oom"),
-        reporting=device.options.boolean("free-page-reporting"), shared=around.memory.shared, on_error=_reporter(device.id))
+        around.memory, around.loop, around.on_balloon, deflate_on_oom=options.boolean("deflate-on-oom"),
+        reporting=options.boolean("free-page-reporting"), auto=auto, shared=around.memory.shared, on_error=_reporter(device.id))
     return around.balloon
 
 

@@ -3,10 +3,15 @@
     queue 0  inflate     u32 page frame numbers that the guest will not use
     queue 1  deflate     those that it uses again
     queue 2  reporting   with free-page-reporting: the buffers themselves are pages that the guest does not use at present
+    last     message     with auto-balloon: how many pages the guest could do without; reporting's number if that is not in use
 
 Config space: u32 num_pages, how many pages we want; u32 actual, how many the guest has given, written by the guest. A page
 is 4096 bytes here whatever the guest's own pages are. Pages given are dropped from this process; pages used again come back
 zeroed when they are touched, so deflating is nothing but an announcement.
+
+With auto-balloon, which is StratoVirt's and not in VIRTIO: u32 reserved, u32 reserved, u32 membuf_percent, u32 monitor_interval
+follow. The guest's driver watches its memory every monitor_interval seconds, keeps membuf_percent of what its programs need
+as a buffer, and sends the rest as a message: u16 tag, u64 pages, packed. That becomes num_pages, as if a client had asked.
 
 Threads: queues and `set_target` on the main loop, config space on vCPU threads.
 """
@@ -30,10 +35,11 @@ if TYPE_CHECKING:
     from stratovirt.snapshot.saved import Saved
     from stratovirt.virtio.queue import Chain, Virtqueue
 
-F_DEFLATE_ON_OOM, F_REPORTING = 2, 5
+F_DEFLATE_ON_OOM, F_REPORTING, F_MESSAGE = 2, 5, 16
 INFLATE, DEFLATE, REPORTING = 0, 1, 2
 PAGE_SHIFT = 12
 MAX_FRAMES = 1024  # in one buffer; Linux sends 256
+_MESSAGE = struct.Struct("<HQ")
 ANNOUNCE_SECONDS = 1.0  # a guest gives its pages in many steps: clients hear of the sum of a second
 
 
@@ -41,16 +47,18 @@ class VirtioBalloon(VirtioDevice):
     """`on_changed` is called on the loop with the bytes that the guest has, a second after it says that this has changed.
 
     `shared`: guest RAM is a mapping that other processes see, whose pages have to be taken out of the file behind it.
+    `auto`: membuf_percent and monitor_interval of auto-balloon, None without.
     """
 
     device_id = 5
     name = "virtio-balloon"
 
     def __init__(self, memory: GuestMemory, loop: EventLoop, on_changed: Callable[[int], None], *, deflate_on_oom: bool = False,
-                 reporting: bool = False, shared: bool = False, on_error: Callable[[HostError], None] | None = None) -> None:
+                 reporting: bool = False, auto: tuple[int, int] | None = None, shared: bool = False,
+                 on_error: Callable[[HostError], None] | None = None) -> None:
         super().__init__()
-        self.features |= deflate_on_oom << F_DEFLATE_ON_OOM | reporting << F_REPORTING
-        self.queue_sizes = (256,) * (3 if reporting else 2)
+        self.features |= deflate_on_oom << F_DEFLATE_ON_OOM | reporting << F_REPORTING | (auto is not None) << F_MESSAGE
+        self.queue_sizes = (256,) * (2 + reporting + (auto is not None))
         self.released = 0  # bytes handed back to the host since the start
         self._memory = memory
         self._loop = loop
@@ -61,7 +69,8 @@ class VirtioBalloon(VirtioDevice):
         self._target_pages = 0
         self._actual_pages = 0
         self._announcing = False
-        self.config = bytes(8)
+        self._settings = struct.pack("<IIII", 0, 0, *auto) if auto is not None else b""
+        self._store()
 
     # -- for QMP, on the loop
 
@@ -72,8 +81,11 @@ class VirtioBalloon(VirtioDevice):
 
     def set_target(self, guest_bytes: int) -> None:
         """Ask the guest to make do with `guest_bytes` of its memory."""
+        self._set_target_pages(max(0, self._memory.size - guest_bytes) >> PAGE_SHIFT)
+
+    def _set_target_pages(self, pages: int) -> None:
         with self._config_lock:
-            self._target_pages = max(0, self._memory.size - guest_bytes) >> PAGE_SHIFT
+            self._target_pages = pages
             self._store()
         if self.transport is not None:
             self.transport.notify_config()
@@ -81,13 +93,13 @@ class VirtioBalloon(VirtioDevice):
     # -- config space
 
     def _store(self) -> None:
-        self.config = struct.pack("<II", self._target_pages, self._actual_pages)
+        self.config = struct.pack("<II", self._target_pages, self._actual_pages) + self._settings
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         if not self.active or not 4 <= offset <= 8 - size:
             return
         with self._config_lock:
-            actual = bytearray(self.config[4:])
+            actual = bytearray(self.config[4:8])
             actual[offset - 4 : offset - 4 + size] = value.to_bytes(size, "little")
             self._actual_pages = int.from_bytes(actual, "little")
             self._store()
@@ -123,7 +135,11 @@ class VirtioBalloon(VirtioDevice):
     # -- queues
 
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
-        if index == REPORTING:
+        features = self.driver_features
+        if features >> F_MESSAGE & 1 and index == 2 + (features >> F_REPORTING & 1):
+            self._follow(chain)
+            return 0
+        if index >= REPORTING:
             for view in chain.writable:
                 self._release(view)
             return 0
@@ -132,6 +148,13 @@ class VirtioBalloon(VirtioDevice):
             if index == INFLATE:
                 self._release(view)
         return 0
+
+    def _follow(self, chain: Chain) -> None:
+        """The guest says what it can do without. What is behind the message is of no meaning to us."""
+        if chain.readable_length < _MESSAGE.size:
+            raise GuestError(self.name, f"a message of {chain.readable_length} bytes, shorter than {_MESSAGE.size}")
+        _tag, pages = _MESSAGE.unpack(b"".join(split(chain.readable, _MESSAGE.size)[0]))
+        self._set_target_pages(min(pages, self._memory.size >> PAGE_SHIFT))
 
     def _frames(self, chain: Chain) -> Iterator[tuple[int, int]]:
         """The pages that a buffer names, as (first, how many) of each run."""
