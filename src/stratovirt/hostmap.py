@@ -195,6 +195,25 @@ def is_zero(view: memoryview) -> bool:
     return not _libc_memcmp(_Word(address), _Word(address + 1), _Word(len(view) - 1)) & 0xFFFF_FFFF
 
 
+def differing_pages(one: memoryview, other: memoryview, page: int) -> list[int]:
+    """Where two buffers of one length, of whole pages, differ: the offsets of those pages. Both must be writable."""
+    length = len(one)
+    if not length:
+        return []
+    first, second = _ctypes.addressof(_Byte.from_buffer(one)), _ctypes.addressof(_Byte.from_buffer(other))
+
+    def same(offset: int, size: int) -> bool:
+        return not _libc_memcmp(_Word(first + offset), _Word(second + offset), _Word(size)) & 0xFFFF_FFFF
+
+    if same(0, length):
+        return []
+    found: list[int] = []
+    for block in range(0, length, 16 * page):
+        if not same(block, min(16 * page, length - block)):
+            found += [at for at in range(block, min(block + 16 * page, length), page) if not same(at, page)]
+    return found
+
+
 def release(view: memoryview, shared: bool = False, page_size: int = PAGE_SIZE) -> None:
     """Give the host back the pages that lie wholly in `view`, a part of a mapping; they read as zero when used again.
 

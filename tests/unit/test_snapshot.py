@@ -89,7 +89,7 @@ def test_a_state_is_read_back(tmp_path: Path) -> None:
     (b"", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[]", "not a snapshot's"), (b"{}", "magic: missing"),
     (b'{"magic": "QEVM"}', "magic: not STRATOVIRT"), (b'{"magic": "STRATOVIRT"}', "version: missing"),
     (b'{"magic": "STRATOVIRT", "version": 0}', "version: 0 is unknown"),
-    (b'{"magic": "STRATOVIRT", "version": 2}', "version: 2 is newer"),
+    (b'{"magic": "STRATOVIRT", "version": 3}', "version: 3 is newer"),
     (b'{"magic": "STRATOVIRT", "version": true}', "version: True"),
     (b'{"a": 1, "a": 2}', "stands twice"), (b'{"a": 1', "only the beginning"), (b"9" * 5000, "not JSON"),
     (b'{"a":' * 100_000, "nested too deeply"), (b'{"magic": "STRATOVIRT", "version": 1e999}', "version: inf"),
@@ -170,9 +170,10 @@ def write(directory: Path, number: int) -> None:
     writer.commit({**HEAD, "number": number})
 
 
-def fail_at(patched: pytest.MonkeyPatch, step: int, failure: BaseException) -> None:
-    """Let the call number `step` fail, of those that are made from now on."""
+def fail_at(patched: pytest.MonkeyPatch, step: int, failure: BaseException) -> set[int]:
+    """Let the call number `step` fail, of those that are made from now on. The descriptors that are open at any time."""
     left = [step]
+    opened: set[int] = set()
 
     def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
@@ -181,12 +182,18 @@ def fail_at(patched: pytest.MonkeyPatch, step: int, failure: BaseException) -> N
             left[0] -= 1
             if left[0] == -1:
                 raise failure
-            return real(*arguments, **more)
+            result = real(*arguments, **more)
+            if name == "open":
+                opened.add(result)
+            elif name == "close":
+                opened.discard(*arguments)
+            return result
 
         return call
 
     for name in CALLS:
         patched.setattr(os, name, wrap(name, getattr(os, name)))
+    return opened
 
 
 def check(directory: Path, *allowed: int) -> bool:
@@ -210,18 +217,47 @@ def test_at_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool,
         if old:
             write(directory, 1)
         with monkeypatch.context() as patched:
-            fail_at(patched, step, failure)
+            opened = fail_at(patched, step, failure)
             try:
                 write(directory, 2)
                 done = True
             except (KilledError, SnapshotError, OSError):
                 done = False
+        for fd in opened if isinstance(failure, KilledError) else ():
+            os.close(fd)  # as the end of a process does
         outcomes.add((done, check(directory, *((2,) if done else (1, 2)))))
         if not done and isinstance(failure, OSError) and directory.exists():
             assert {path.name for path in directory.iterdir()} <= {"state", "memory"} or step < 3, "nothing is left lying about"
         write(directory, 3)  # what was left does not stand in the way
         assert check(directory, 3)
+        assert sorted(path.name for path in directory.iterdir()) == ["memory", "state"]
     assert (True, True) in outcomes and (True, False) not in outcomes
+
+
+def test_two_writers_of_one_place(tmp_path: Path) -> None:
+    writer = state_file.Writer(str(tmp_path / "a"))
+    with pytest.raises(SnapshotError, match="another snapshot is just being written there"):
+        state_file.Writer(str(tmp_path / "a"))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".memory.new", ".state.new"]
+    os.pwritev(writer.memory_fd, [bytes((1,)) * 64], 0)
+    writer.commit({**HEAD, "number": 1})
+    assert check(tmp_path / "a", 1)
+    write(tmp_path / "a", 2)
+    assert check(tmp_path / "a", 2)
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("elsewhere"),
+                                  lambda path: path.symlink_to("nowhere")])
+def test_strange_things_in_the_place(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / ".state.new")
+    (tmp_path / "elsewhere").write_text("keep")
+    try:
+        write(tmp_path, 1)
+    except SnapshotError as error:
+        assert (tmp_path / ".state.new").is_dir() or "File exists" in str(error)
+    else:
+        assert check(tmp_path, 1)
+    assert (tmp_path / "elsewhere").read_text() == "keep"
 
 
 # -- the memory file

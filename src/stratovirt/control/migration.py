@@ -20,7 +20,10 @@ def _migrate(machine: MachineView, arguments: dict[str, Any]) -> object:
         raise QmpError(f"Invalid uri: {uri}")
     if scheme != "file":
         raise QmpError("MicroVM does not support migration")
-    machine.snapshot(rest)
+    base = arguments.get("base")
+    if base is not None and (not base or "\0" in base):
+        raise QmpError("invalid value: `base` must be a directory")
+    machine.snapshot(rest, base)
     return {}
 
 
@@ -34,7 +37,10 @@ def _migrate_cancel(_machine: MachineView, _arguments: dict[str, Any]) -> object
 
 COMMANDS = (
     Command("migrate", _migrate, "Save a snapshot in a directory and leave the machine paused; answers when that is done.",
-            arguments=(Member("uri", STR, "Where to: file:DIR. A microVM takes neither unix:PATH nor tcp:IP:PORT."),),
+            arguments=(
+                Member("uri", STR, "Where to: file:DIR. A microVM takes neither unix:PATH nor tcp:IP:PORT."),
+                Member("base", STR, "A directory with an earlier snapshot of this machine: the memory file then has what "
+                       "differs from that, and a restore needs both.", optional=True)),
             strict=False),
     Command("query-migrate", _query_migrate, "How the last snapshot went.",
             returns=record({"status": Enum("none", "active", "completed", "failed")})),

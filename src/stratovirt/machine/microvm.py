@@ -62,6 +62,7 @@ class MicroVm(Lifecycle):
         self.accelerator: Accelerator | None = None
         self.boot: Boot | None = None
         self.migration = "none"  # how the last one went, as query-migrate says it
+        self.lineage: set[str] = set()  # ids of the snapshots that it was saved in or restored from
         self._incoming: Incoming | None = None
         self._make_boot: Callable[[], Boot] | None = None  # of a restored machine, which needs it for a reset only
         self._hotplug: HotPlug | None = None
@@ -74,6 +75,7 @@ class MicroVm(Lifecycle):
             from stratovirt.machine.snapshot import Incoming
 
             self._incoming = Incoming(config)
+            self.lineage |= self._incoming.lineage
         self.accelerator = accelerator = self._create_accelerator()
         self.vm = accelerator.vm
         self.memory = self._create_memory()
@@ -210,8 +212,8 @@ class MicroVm(Lifecycle):
             except ConfigError as error:
                 log.error(f"{error}; a reset will end this machine")
 
-    def snapshot(self, directory: str) -> None:
-        """Save the machine into `directory` and leave it paused.
+    def snapshot(self, directory: str, base: str | None = None) -> None:
+        """Save the machine into `directory` and leave it paused; of its memory what differs from the snapshot in `base`.
 
         Raises: StateError, SnapshotError, HostError; it is then as it was.
         """
@@ -219,7 +221,7 @@ class MicroVm(Lifecycle):
 
         self.migration = "active"
         try:
-            snapshot.take(self, directory)
+            snapshot.take(self, directory, base)
             self.migration = "completed"
         finally:
             if self.migration == "active":

@@ -11,7 +11,6 @@ Thread: the main loop's.
 
 from __future__ import annotations
 
-import os
 import time
 
 from stratovirt import log
@@ -21,13 +20,15 @@ from stratovirt.machine.board import layout
 from stratovirt.machine.drivers import BLOCK, NET
 from stratovirt.machine.kvm import KvmAccelerator
 from stratovirt.machine.lifecycle import PAUSED, RUNNING
-from stratovirt.snapshot import memory_file, state_file
+from stratovirt.snapshot import difference, memory_file, state_file
+from stratovirt.snapshot.chain import MAX_LINKS, Chain, check_place, coarsen, describe_base
 from stratovirt.snapshot.saved import Saved, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from stratovirt.arch.x86_64.layout import Slot
     from stratovirt.config.vm import DeviceConfig, VmConfig
+    from stratovirt.machine.board import PlatformDevices
     from stratovirt.machine.microvm import MicroVm
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.memory import RamRegion
@@ -36,8 +37,8 @@ _ARCHITECTURES = ("x86_64",)
 _EMPTY_KINDS = {"virtio-blk": BLOCK, "virtio-net": NET}  # devices that wait in replaceable slots, by their names
 
 
-def take(machine: MicroVm, directory: str) -> None:
-    """Write a snapshot of `machine` into `directory`, and leave it paused.
+def take(machine: MicroVm, directory: str, base: str | None = None) -> None:
+    """Write a snapshot of `machine` into `directory`, and leave it paused; with `base`, what differs from the one there.
 
     Raises: StateError, SnapshotError, HostError; the machine is then as it was.
     """
@@ -50,6 +51,37 @@ def take(machine: MicroVm, directory: str) -> None:
         raise SnapshotError("the test accelerator has no processors to save")
     if machine.config.vhost_users:
         raise SnapshotError("a device whose back end is another process (vhost-user) cannot be saved")
+    chain = _open_base(machine, base, directory) if base is not None else None
+    try:
+        _write(machine, accelerator, machine.platform, directory, chain)
+    finally:
+        if chain is not None:
+            chain.close()
+
+
+def _open_base(machine: MicroVm, base: str, directory: str) -> Chain:
+    """The memory that the new snapshot is to stand on. Raises: SnapshotError."""
+    try:
+        state = state_file.read(base)
+        chain = Chain(base, state)
+    except SnapshotError as error:
+        raise SnapshotError(f"the base {base}: {error}") from error
+    try:
+        if chain.links[0].id not in machine.lineage:
+            raise SnapshotError(f"the base {base}: this machine was neither saved there nor restored from it")
+        if chain.size != machine.memory.size:
+            raise SnapshotError(f"the base {base}: memory of {chain.size} bytes, and the machine has {machine.memory.size}")
+        if len(chain.links) == MAX_LINKS:
+            raise SnapshotError(f"the base {base}: {MAX_LINKS} snapshots stand on each other, and no more can; merge some")
+        check_place(chain, directory)
+    except SnapshotError:
+        chain.close()
+        raise
+    return chain
+
+
+def _write(machine: MicroVm, accelerator: KvmAccelerator, platform: PlatformDevices, directory: str,
+           chain: Chain | None) -> None:
     writer = state_file.Writer(directory)
     was_running = machine.state == RUNNING
     try:
@@ -61,20 +93,25 @@ def take(machine: MicroVm, directory: str) -> None:
         id = state_file.random_bytes(state_file.ID_SIZE).hex()
         state: dict[str, object] = {
             "magic": state_file.MAGIC, "version": state_file.VERSION, "architecture": ARCHITECTURE, "id": id,
-            "created": int(time.time()), "machine": _describe(machine.config),
+            "created": int(time.time()), "base": None, "machine": _describe(machine.config),
             "processors": accelerator.processors.save(),
-            "platform": machine.platform.save(),
+            "platform": platform.save(),
             "slots": [_save_slot(occupied) for occupied in machine.slots],
         }
-        offsets = memory_file.write(writer.memory_fd, machine.memory.regions, id)
+        regions = machine.memory.regions
+        ranges = coarsen(difference.from_memory(chain, regions)) if chain is not None else None
+        if chain is not None and ranges is not None:
+            state["base"] = describe_base(chain, directory, ranges)
+        offsets = memory_file.write(writer.memory_fd, regions, id, ranges)
         state["memory"] = [{"base": region.base, "size": region.size, "offset": offset}
-                           for region, offset in zip(machine.memory.regions, offsets, strict=True)]
+                           for region, offset in zip(regions, offsets, strict=True)]
         writer.commit(state)
     except (StratoVirtError, OSError):
         writer.abandon()
         if was_running:
             machine.resume()
         raise
+    machine.lineage.add(id)
     log.info(f"snapshot {id} is in {directory}")
 
 
@@ -113,7 +150,8 @@ class Incoming:
         self._directory, self._mapped = config.incoming.directory, config.incoming.mapped
         self._told = _Told(self._directory)
         with self._told:
-            self._state = state = Saved(state_file.read(self._directory))
+            self._read = state_file.read(self._directory)
+            self._state = state = Saved(self._read)
             state.text("magic")
             state.integer("version")
             architecture = state.text("architecture")
@@ -121,6 +159,7 @@ class Incoming:
                 raise state.error("architecture", f"{architecture!a}, and this host is {ARCHITECTURE}")
             self._id = state.data("id", state_file.ID_SIZE).hex()
             state.integer("created")
+            state.optional_section("base")  # the chain has read it
             self._check_machine(config, state.section("machine"))
             self._slots = self._read_slots(config, state)
             self._open_memory(config, state)
@@ -172,6 +211,7 @@ class Incoming:
     # -- memory
 
     def _open_memory(self, config: VmConfig, state: Saved) -> None:
+        """All of the chain is there and fits, before anything is made."""
         self._offsets: dict[int, int] = {}
         expected = layout.ram_ranges(config.memory_size)
         end = 0
@@ -185,11 +225,12 @@ class Incoming:
             section.end()
             self._offsets[base] = end
             end += size
-        self._fd = memory_file.open_file(os.path.join(self._directory, state_file.MEMORY), end, self._id)
+        self._chain = Chain(self._directory, self._read)
+        self.lineage = set(self._chain.ids)
 
     def load_memory(self, region: RamRegion) -> None:
         with self._told:
-            memory_file.load(self._fd, region, self._offsets[region.base], self._mapped)
+            self._chain.load(region, self._offsets[region.base], self._mapped)
 
     # -- the rest, once everything is plugged in
 
@@ -208,5 +249,6 @@ class Incoming:
             platform.restore(self._state.section("platform"))
             accelerator.processors.restore(self._state.section("processors"))
             self._state.end()
+            self._chain.close()
             platform.tell_generation(machine.memory)
         log.info(f"restored from snapshot {self._id}")

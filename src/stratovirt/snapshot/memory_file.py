@@ -3,6 +3,8 @@
 Layout: the runs of RAM one after the other, each at the offset that the state file has for it; then a page that begins with
 `stratovirt memory ID`, zero-filled. A file of another length, or with another id, does not belong to the state.
 
+Of an incremental snapshot (`chain.py`) only ranges are there, at the same offsets, and the rest is holes.
+
 It is mapped copy-on-write at a restore: nothing is read before the guest touches it, and machines of one snapshot share the
 page cache. So it must not change while one of them lives. Where memory has a file of its own (`mem-share`, `-mem-path`) it is
 read instead, holes left out.
@@ -31,27 +33,38 @@ def _last_page(id: str) -> bytes:
     return (_MARK + id + "\n").encode().ljust(PAGE_SIZE, b"\0")
 
 
-def write(fd: int, regions: list[RamRegion], id: str) -> list[int]:
-    """Write RAM to the empty file `fd`; the offset of each region. Thread: main, while nothing of the guest runs.
+def write(fd: int, regions: list[RamRegion], id: str, ranges: list[tuple[int, int]] | None = None) -> list[int]:
+    """Write RAM, or `ranges` (start, end) of the file, to the empty file `fd`; the offset of each region.
 
-    Raises: SnapshotError when the disk is full or fails.
+    Thread: main, while nothing of the guest runs. Raises: SnapshotError when the disk is full or fails.
     """
     offsets: list[int] = []
     end = 0
     try:
         for region in regions:
             offsets.append(end)
-            _write_region(fd, region, end)
+            if ranges is None:
+                _write_part(fd, region.u8, end)
+            else:
+                for start, stop in ranges:
+                    start, stop = max(start, end), min(stop, end + region.size)
+                    if start < stop:
+                        _write_part(fd, region.u8[start - end : stop - end], start)
             end += region.size
-        _write(fd, memoryview(_last_page(id)), end)
+        finish(fd, end, id)
     except OSError as error:
         raise SnapshotError(f"writing the memory of the guest: {os.strerror(error.errno or 0)}") from error
     return offsets
 
 
-def _write_region(fd: int, region: RamRegion, start: int) -> None:
+def finish(fd: int, size: int, id: str) -> None:
+    """Write the last page. Raises: OSError."""
+    _write(fd, memoryview(_last_page(id)), size)
+
+
+def _write_part(fd: int, view: memoryview, start: int) -> None:
     """Runs of blocks that are not zero, each with one call."""
-    view, size = region.u8, region.size
+    size = len(view)
     run = -1
     for step in range(0, size, _STEP):
         end = min(step + _STEP, size)
@@ -92,7 +105,8 @@ def open_file(path: str, size: int, id: str) -> int:
         if status.st_size != size + PAGE_SIZE:
             raise SnapshotError(f"the file `memory` has {status.st_size} bytes, and the state says {size + PAGE_SIZE}: "
                                 "it is not whole, or not of this snapshot")
-        if os.pread(fd, PAGE_SIZE, size) != _last_page(id):
+        page = bytearray(PAGE_SIZE)
+        if os.preadv(fd, [page], size) != PAGE_SIZE or page != _last_page(id):
             raise SnapshotError("the file `memory` is of another snapshot than the file `state`")
     except OSError as error:
         os.close(fd)
@@ -124,18 +138,22 @@ def load(fd: int, region: RamRegion, offset: int, mapped: bool) -> None:
             hole = min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
             if clear:
                 _clear(region.u8[position - offset : data - offset])
-            _read(fd, region.u8[data - offset : hole - offset], data)
+            read_into(fd, region.u8[data - offset : hole - offset], data)
             position = hole
     except OSError as error:
         raise SnapshotError(f"the file `memory`: {os.strerror(error.errno or 0)}") from error
 
 
-def _read(fd: int, view: memoryview, offset: int) -> None:
-    while view:
-        done = os.preadv(fd, [view], offset)
-        if not done:
-            raise HostError("the file `memory` became shorter while it was read")
-        view, offset = view[done:], offset + done
+def read_into(fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` with what the file has at `offset`. Raises: SnapshotError, HostError."""
+    try:
+        while view:
+            done = os.preadv(fd, [view], offset)
+            if not done:
+                raise HostError("the file `memory` became shorter while it was read")
+            view, offset = view[done:], offset + done
+    except OSError as error:
+        raise SnapshotError(f"the file `memory`: {os.strerror(error.errno or 0)}") from error
 
 
 def _clear(view: memoryview) -> None:

@@ -3,6 +3,7 @@
 A snapshot is a directory with two files. `memory` is guest RAM (`memory_file.py`), `state` everything else:
 
     magic "STRATOVIRT"    version    architecture    id (32 hexadecimal digits, in both files)    created (seconds since 1970)
+    base        null, or what the memory of an incremental snapshot stands on (`chain.py`)
     machine     what the machine must be started as        processors  vCPUs, interrupt chips, timer, clock
     memory      where each run of RAM lies in `memory`     platform    devices that every machine has
     slots       the virtio devices
@@ -14,14 +15,18 @@ A version is raised when an older program would misread the file; `UPGRADES` the
 older file is brought up to date in memory, step by step; a newer one is refused.
 
 Both files are written under temporary names, synced, and renamed, `state` last. While there is no `state` there is no
-snapshot, and a snapshot that is replaced loses its `state` before its `memory`.
+snapshot, and a snapshot that is replaced loses its `state` before its `memory`. The temporary names are always the same: what a
+writer that was killed has left there is taken away by the next one, and a lock, which goes with its process, tells one that
+is still at work.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import struct
 
 from stratovirt.snapshot.saved import Saved, SnapshotError
 
@@ -31,13 +36,28 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAGIC = "STRATOVIRT"
-VERSION = 1
+VERSION = 2
 STATE, MEMORY = "state", "memory"
 MAX_STATE = 64 << 20
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_F_OFD_SETLK = 37
+_WHOLE_FILE = struct.pack("=hh4xqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of the 64-bit ABIs
 _WHITE = " \t\n\r"
 ID_SIZE = 16
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
+    """Incremental snapshots came with version 2; until then every memory file was whole."""
+    upgraded: dict[str, Any] = {}
+    for name, value in state.items():
+        upgraded[name] = value
+        if name == "created":
+            upgraded["base"] = None
+    return {"base": None, **upgraded}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
 """From a version to the next: gets the whole state and gives the new one, all but its `version`."""
 
 
@@ -179,11 +199,7 @@ class Writer:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        try:
-            mark = random_bytes(4).hex()
-        except OSError as error:
-            raise SnapshotError(f"/dev/urandom: {_words(error)}") from error
-        self._temporary = {name: os.path.join(directory, f".{name}.{mark}") for name in (STATE, MEMORY)}
+        self._temporary = {name: os.path.join(directory, f".{name}.new") for name in (STATE, MEMORY)}
         self._open: dict[str, int] = {}
         try:
             try:
@@ -191,8 +207,11 @@ class Writer:
             except FileExistsError:
                 if not os.path.isdir(directory):
                     raise SnapshotError(f"{directory}: this is not a directory") from None
-            for name in (MEMORY, STATE):
-                self._open[name] = os.open(self._temporary[name], os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._open[STATE] = _open_alone(self._temporary[STATE])
+            _remove(self._temporary[MEMORY])  # of a writer that was killed
+            self._open[MEMORY] = os.open(self._temporary[MEMORY], _NEW, 0o600)
+        except _BusyError:
+            raise SnapshotError(f"{directory}: another snapshot is just being written there") from None
         except (OSError, ValueError) as error:
             self.abandon()
             raise SnapshotError(f"{directory}: {_words(error)}") from error
@@ -220,18 +239,73 @@ class Writer:
         self._close()
 
     def _close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        """The state file last: its lock is what keeps others away."""
+        for name in (MEMORY, STATE):
+            fd = self._open.pop(name, -1)
+            if fd >= 0:
+                os.close(fd)
 
     def abandon(self) -> None:
         """Leave nothing of it behind. Idempotent; what cannot be removed stays under its temporary name."""
-        self._close()
-        for path in self._temporary.values():
+        for name in self._open:
             try:
-                os.unlink(path)
+                os.unlink(self._temporary[name])
             except OSError:
-                continue  # renamed, never made, or on a disk that takes no more changes
+                continue  # renamed, or on a disk that takes no more changes
+        self._close()
+
+
+class _BusyError(Exception):
+    """Another process holds the lock."""
+
+
+def _open_alone(path: str) -> int:
+    """A new file, locked by this descriptor; one that nobody has locked any more makes place. Raises: OSError, _BusyError."""
+    try:
+        fd = os.open(path, _NEW, 0o600)
+    except FileExistsError:
+        _remove_stale(path)
+        fd = os.open(path, _NEW, 0o600)
+    try:
+        if not _lock(fd) or not _is_named(fd, path):
+            raise _BusyError
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove_stale(path: str) -> None:
+    """Raises: OSError, _BusyError when somebody is writing it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    try:
+        if not _lock(fd):
+            raise _BusyError
+        if _is_named(fd, path):
+            os.unlink(path)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    """Hold the file for as long as the descriptor is open. True as well where the file system has no locks."""
+    try:
+        fcntl.fcntl(fd, _F_OFD_SETLK, _WHOLE_FILE)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
+def _is_named(fd: int, path: str) -> bool:
+    """Is it still the file with this name, and has nobody removed or renamed it?"""
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(fd))
 
 
 def _remove(path: str) -> None:

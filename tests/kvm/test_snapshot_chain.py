@@ -1,0 +1,142 @@
+"""Incremental snapshots with tiny guests: what is restored from a chain is what a whole snapshot would have had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvm.conftest import Program
+from kvm.memories import KINDS, arguments
+from kvm.test_snapshot import MARK, RNG, TICKS, connect, counter, serial, spoil
+from stratovirt.errors import StratoVirtError
+from stratovirt.snapshot import difference, state_file
+from stratovirt.snapshot.chain import Chain
+
+FAR = 0x500_0000  # where the guest itself never is
+
+
+def chain_of(directory: Path) -> Chain:
+    return Chain(str(directory), state_file.read(str(directory)))
+
+
+def differing(one: Path, other: Path) -> list[tuple[int, int]]:
+    chains = chain_of(one), chain_of(other)
+    try:
+        return difference.between(*chains)
+    finally:
+        for chain in chains:
+            chain.close()
+
+
+def go_on(guest: Any, ticks: int = 20) -> None:
+    if guest.vm.state == "paused":
+        guest.vm.resume()
+    wanted = guest.word(TICKS) + ticks
+    guest.run_until(lambda: guest.word(TICKS) > wanted)
+
+
+@pytest.fixture
+def three(machine: Callable[..., Any], tmp_path: Path) -> tuple[Path, Any]:
+    """a, whole; b on a; c on b; and the machine, paused where c was taken."""
+    first = machine(counter(), *serial(tmp_path / "first"), *RNG).start()
+    for name, base in (("a", None), ("b", "a"), ("c", "b")):
+        go_on(first)
+        first.memory.store_u32(FAR + 0x3000 * ord(name), ord(name))
+        first.vm.snapshot(str(tmp_path / name), str(tmp_path / base) if base else None)
+    return tmp_path, first
+
+
+def test_a_chain_is_what_a_whole_one_would_be(three, machine) -> None:
+    folder, first = three
+    first.vm.snapshot(str(folder / "whole"))
+    assert differing(folder / "c", folder / "whole") == []
+    sizes = {name: (folder / name / "memory").stat().st_blocks * 512 for name in ("a", "b", "c", "whole")}
+    assert sizes["b"] < 16 << 12 and sizes["c"] < 16 << 12 and sizes["whole"] > sizes["b"], sizes
+    ticks = first.word(TICKS)
+    for more in ("", ",mapped=false"):
+        again = machine(counter(), *serial(folder / f"again-{len(more)}"), *RNG, "-incoming", f"file:{folder / 'c'}{more}")
+        assert [again.word(FAR + 0x3000 * ord(name)) for name in "abc"] == [ord(name) for name in "abc"]
+        assert again.word(TICKS) == ticks
+        again.start()
+        go_on(again)
+        assert again.word(MARK) == 0x5EED
+    again.vm.snapshot(str(folder / "d"), str(folder / "c"))  # what was restored goes on with the chain
+    assert len(chain_of(folder / "d").links) == 4
+    again.vm.snapshot(str(folder / "e"), str(folder / "a"))  # or with an older part of it
+    assert differing(folder / "d", folder / "e") == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_into_every_kind_of_memory(three, machine, kind) -> None:
+    folder, first = three
+    more = [word for word in arguments(kind, folder) if word not in ("-smp", "2")]
+    if kind == "file":
+        (folder / "memory").write_bytes(b"\xff" * (128 << 20))
+    again = machine(counter(), *serial(folder / "again"), *RNG, *more, "-incoming", f"file:{folder / 'c'}")
+    ticks = again.word(TICKS)
+    assert ticks == first.word(TICKS)
+    again.start()
+    go_on(again)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda folder: shutil.rmtree(folder / "a"), "no such directory"),
+    "truncated": (lambda folder: os.truncate(folder / "b" / "memory", 5 << 20), "it is not whole"),
+    "replaced": (lambda folder: shutil.copytree(folder / "c", folder / "a", dirs_exist_ok=True), "another snapshot"),
+    "beyond": (lambda folder: spoil(folder / "c", lambda state: state["base"].update(ranges=[128 << 20, 4096])), "base.ranges"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_chain_that_is_damaged(three, machine, case) -> None:
+    folder, first = three
+    change, problem = BAD[case]
+    change(folder)
+    words = ["-machine", "microvm", "-m", "128", "-serial", "stdio", *RNG, "-incoming", f"file:{folder / 'c'}"]
+    status, out, error = Program(words).finish()
+    assert (status, out) == (1, "")
+    assert error.startswith("stratovirt: -incoming file:") and error.count("\n") == 1 and problem in error, error
+    with pytest.raises(StratoVirtError, match=problem):
+        first.vm.snapshot(str(folder / "new"), str(folder / "c"))
+    assert not (folder / "new").exists()
+    go_on(first)
+
+
+def test_bases_that_are_none(three, machine, tmp_path) -> None:
+    folder, first = three
+    first.vm.resume()
+    other = machine(counter(), *serial(tmp_path / "other"), *RNG).start()
+    for guest, base, directory, problem in (
+        (first, "nothing", "new", "no such directory"), (other, "a", "new", "neither saved there nor restored"),
+        (first, "c", "a", "would stand on this one"), (first, "a", "a", "would stand on this one"),
+    ):
+        before = sorted((folder / "a").iterdir())
+        with pytest.raises(StratoVirtError, match=problem):
+            guest.vm.snapshot(str(folder / directory), str(folder / base))
+        assert guest.vm.state == "running" and guest.vm.migration == "failed" and sorted((folder / "a").iterdir()) == before
+
+
+def test_over_qmp_and_behind_the_filters(launch, tmp_path) -> None:
+    first = launch(counter(), *RNG, "-qmp", f"unix:{tmp_path / 'qmp'},server,nowait")
+    first.wait_for("up\n")
+    client = connect(tmp_path / "qmp")
+    assert client.ask("migrate", uri=f"file:{tmp_path / 'a'}") == {}
+    for name, base in (("b", "a"), ("c", "b")):
+        client.ask("cont")
+        first.wait_for(".")
+        assert client.ask("migrate", uri=f"file:{tmp_path / name}", base=str(tmp_path / base)) == {}
+    assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", base="/nowhere")["desc"].startswith("the base /nowhere: ")
+    assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", base="")["desc"] == "invalid value: `base` must be a directory"
+    assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", base=5)["desc"].startswith("invalid type: `base`")
+    client.close()
+    second = Program(["-machine", "microvm", "-m", "128", "-serial", "stdio", *RNG, "-incoming", f"file:{tmp_path / 'c'}"])
+    try:
+        for _ in range(3):
+            assert second.wait_for(".") == "."
+    finally:
+        second.close()
