@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvm.conftest import Program
+from kvm.conftest import SOURCE, Program
+from kvm.guests import DATA
 from kvm.memories import KINDS, arguments
 from kvm.test_snapshot import MARK, RNG, TICKS, connect, counter, serial, spoil
 from stratovirt.errors import StratoVirtError
@@ -135,6 +138,34 @@ def test_over_qmp_and_behind_the_filters(launch, tmp_path) -> None:
     assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", base=5)["desc"].startswith("invalid type: `base`")
     client.close()
     second = Program(["-machine", "microvm", "-m", "128", "-serial", "stdio", *RNG, "-incoming", f"file:{tmp_path / 'c'}"])
+    try:
+        for _ in range(3):
+            assert second.wait_for(".") == "."
+    finally:
+        second.close()
+
+
+def test_by_hand(launch, tmp_path) -> None:
+    """As people do it: two snapshots of a running machine, compared, merged, and gone on from."""
+    def snapshot(*words: object) -> subprocess.CompletedProcess[str]:
+        code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from stratovirt.__main__ import main; sys.exit(main())"
+        return subprocess.run([sys.executable, "-IS", "-c", code, "snapshot", *map(str, words)], capture_output=True, text=True,
+                              timeout=60, check=False)
+
+    first = launch(counter(), *RNG, "-qmp", f"unix:{tmp_path / 'qmp'},server,nowait")
+    first.wait_for("up\n")
+    to = ("--qmp", tmp_path / "qmp")
+    assert snapshot("create", tmp_path / "a", *to).returncode == 0
+    first.wait_for(".")  # it runs on
+    made = snapshot("create", tmp_path / "b", *to, "--diff", "--base", tmp_path / "a", "--paused")
+    assert (made.returncode, made.stdout, made.stderr) == (0, "", "")
+    bad = snapshot("create", tmp_path / "c", *to, "--diff", "--base", tmp_path)
+    assert bad.returncode == 1 and "`state` is missing" in bad.stderr and bad.stderr.count("\n") == 1
+    compared = snapshot("diff", tmp_path / "a", tmp_path / "b")
+    assert compared.returncode == 1 and "processors.clock: " in compared.stdout and f"memory {DATA:#x} to " in compared.stdout
+    assert snapshot("merge", tmp_path / "b").stdout == "2 merged\n"
+    shutil.rmtree(tmp_path / "a")
+    second = Program(["-machine", "microvm", "-m", "128", "-serial", "stdio", *RNG, "-incoming", f"file:{tmp_path / 'b'}"])
     try:
         for _ in range(3):
             assert second.wait_for(".") == "."

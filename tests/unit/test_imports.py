@@ -92,6 +92,7 @@ OFF_BOOT_PATH = (
     "stratovirt.cli.guest_console",
     "stratovirt.cli.help",
     "stratovirt.cli.reference",
+    "stratovirt.cli.qmp_client",
     "stratovirt.cli.snapshot",
     "stratovirt.snapshot",
     "stratovirt.sandbox.generate",

@@ -44,12 +44,12 @@ def write(fd: int, regions: list[RamRegion], id: str, ranges: list[tuple[int, in
         for region in regions:
             offsets.append(end)
             if ranges is None:
-                _write_part(fd, region.u8, end)
+                write_part(fd, region.u8, end)
             else:
                 for start, stop in ranges:
                     start, stop = max(start, end), min(stop, end + region.size)
                     if start < stop:
-                        _write_part(fd, region.u8[start - end : stop - end], start)
+                        write_part(fd, region.u8[start - end : stop - end], start)
             end += region.size
         finish(fd, end, id)
     except OSError as error:
@@ -62,8 +62,8 @@ def finish(fd: int, size: int, id: str) -> None:
     _write(fd, memoryview(_last_page(id)), size)
 
 
-def _write_part(fd: int, view: memoryview, start: int) -> None:
-    """Runs of blocks that are not zero, each with one call."""
+def write_part(fd: int, view: memoryview, start: int) -> None:
+    """Write `view` at `start`, of the blocks that are not zero each run with one call. Raises: OSError."""
     size = len(view)
     run = -1
     for step in range(0, size, _STEP):

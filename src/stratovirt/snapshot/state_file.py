@@ -220,8 +220,11 @@ class Writer:
     def memory_fd(self) -> int:
         return self._open[MEMORY]
 
-    def commit(self, state: dict[str, Any]) -> None:
-        """Put both files in their places. Raises: SnapshotError: no snapshot is there then, or the old, or all of the new."""
+    def commit(self, state: dict[str, Any], replaces_itself: bool = False) -> None:
+        """Put both files in their places. Raises: SnapshotError: no snapshot is there then, or the old, or all of the new.
+
+        `replaces_itself`: the snapshot there has the same content, and its state goes with the new memory as well.
+        """
         final = {name: os.path.join(self._directory, name) for name in (STATE, MEMORY)}
         try:
             fd, rest = self._open[STATE], memoryview(encode(state))
@@ -229,7 +232,8 @@ class Writer:
                 rest = rest[os.write(fd, rest) :]
             for fd in self._open.values():
                 os.fdatasync(fd)
-            _remove(final[STATE])
+            if not replaces_itself:
+                _remove(final[STATE])
             os.rename(self._temporary[MEMORY], final[MEMORY])
             os.rename(self._temporary[STATE], final[STATE])
             _sync_name(self._open[STATE])
