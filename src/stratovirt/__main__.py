@@ -126,7 +126,7 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
     from stratovirt.process import PidFile, handle_signals
 
     loop = EventLoop()
-    machine = MicroVm(config, loop, started_at)
+    machine = MicroVm(config, loop, started_at, attachment.take_ahead() if attachment is not None else None)
     cleanup: list[Callable[[], None]] = [machine.close]
 
     def terminate(number: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from stratovirt.cli.command import parse
 from stratovirt.loop import EventLoop
-from stratovirt.machine.kvm import KvmAccelerator
+from stratovirt.machine.kvm import KvmAccelerator, KvmAhead
 from stratovirt.machine.microvm import MicroVm
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -100,9 +100,9 @@ def launch(kernel: Callable[[bytes], str]) -> Iterator[Callable[..., Program]]:
 class Machine:
     """A MicroVm in this process, made from a command line; its events, and its main loop in the test's hand."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], ahead: KvmAhead | None = None) -> None:
         self.loop = EventLoop()
-        self.vm = MicroVm(parse(arguments), self.loop, time.monotonic())
+        self.vm = MicroVm(parse(arguments), self.loop, time.monotonic(), ahead)
         self.told: list[tuple[str, dict[str, object]]] = []
         self.vm.events.subscribe(lambda name, data, _seconds, _microseconds: self.told.append((name, data)))
         self.vm.build()
@@ -145,9 +145,9 @@ def machine(kernel: Callable[[bytes], str]) -> Iterator[Callable[..., Machine]]:
     made: list[Machine] = []
     interval, stack, handler = sys.getswitchinterval(), stack_size(), signal.getsignal(34)
 
-    def build(image: bytes, *arguments: str) -> Machine:
+    def build(image: bytes, *arguments: str, ahead: KvmAhead | None = None) -> Machine:
         model = [] if "-machine" in arguments else ["-machine", "microvm"]
-        built = Machine([*model, "-m", "128", "-kernel", kernel(image), *arguments])
+        built = Machine([*model, "-m", "128", "-kernel", kernel(image), *arguments], ahead)
         made.append(built)
         return built
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _socket
 import os
 import select
 import subprocess
 import sys
+
+from stratovirt.hypervisor.kvm.teardown import let_go
 
 _CHILD = """
 import os, sys
@@ -39,3 +42,26 @@ def test_the_last_reference_goes_with_the_process() -> None:
         child.wait()
         child.stdout.close()
         os.close(read_end)
+
+
+def test_what_is_let_go_is_closed_while_the_process_goes_on() -> None:
+    read_end, write_end = os.pipe()
+    before = len(os.listdir("/proc/self/fd"))
+    let_go(write_end)
+    try:
+        assert len(os.listdir("/proc/self/fd")) == before - 1
+        assert select.select([read_end], [], [], 60) == ([read_end], [], []), "never closed"
+        assert os.read(read_end, 1) == b""
+    finally:
+        os.close(read_end)
+
+
+def test_without_a_socket_to_spare_it_is_closed_all_the_same(monkeypatch) -> None:
+    def none_left(*_arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(_socket, "socketpair", none_left)
+    read_end, write_end = os.pipe()
+    let_go(write_end)
+    assert os.read(read_end, 1) == b""
+    os.close(read_end)

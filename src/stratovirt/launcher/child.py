@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from stratovirt.launcher.request import Request
     from stratovirt.loop import EventLoop
+    from stratovirt.machine.kvm import KvmAhead
 else:
     import _signal  # see process.py
 
@@ -21,10 +22,16 @@ RESET_SIGNALS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGCHL
 
 
 class Attachment:
-    """The connection to the client, in the machine's process."""
+    """The connection to the client, in the machine's process; and `ahead`, what this process has made before it was asked."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, ahead: KvmAhead | None = None) -> None:
         self._fd = fd
+        self._ahead = ahead
+
+    def take_ahead(self) -> KvmAhead | None:
+        """It is the caller's now."""
+        ahead, self._ahead = self._ahead, None
+        return ahead
 
     def watch(self, loop: EventLoop, on_gone: Callable[[], None]) -> None:
         """Call `on_gone` when the client hangs up."""
@@ -37,6 +44,7 @@ class Attachment:
 
     def finish(self, status: int) -> None:
         """Tell the client how the machine ends: the launcher, which will tell it again, may have ended."""
+        self._forget_ahead()
         if self._fd >= 0:
             try:
                 os.write(self._fd, b"status %d" % status)
@@ -44,9 +52,15 @@ class Attachment:
                 return  # nobody is left who wants to know
 
     def release(self) -> None:
-        """Let the client go while the machine goes on (`-daemonize`)."""
+        """Let the client go while the machine goes on, in another process (`-daemonize`)."""
+        self._forget_ahead()
         fd, self._fd = self._fd, -1
         os.close(fd)
+
+    def _forget_ahead(self) -> None:
+        ahead = self.take_ahead()
+        if ahead is not None:
+            ahead.let_go()
 
 
 def detach(keep: int) -> int:
@@ -63,9 +77,12 @@ def detach(keep: int) -> int:
     return keep
 
 
-def settle(request: Request, connection: int, soft_limit: int) -> Attachment:
-    """Make this process what the client would have started itself. Raises: OSError."""
-    directory, connection = place_descriptors(request.descriptors, [request.directory, connection], own_limit())
+def settle(request: Request, connection: int, soft_limit: int, ahead: KvmAhead | None = None) -> Attachment:
+    """Make this process what the client would have started itself; of its own it keeps `ahead`. Raises: OSError."""
+    made = ahead.descriptors() if ahead is not None else []
+    directory, connection, *made = place_descriptors(request.descriptors, [request.directory, connection, *made], own_limit())
+    if ahead is not None:
+        ahead.renumber(made)
     os.fchdir(directory)
     os.close(directory)
     os.umask(request.umask)
@@ -76,7 +93,7 @@ def settle(request: Request, connection: int, soft_limit: int) -> Attachment:
     for name, value in environment.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
-    return Attachment(connection)
+    return Attachment(connection, ahead)
 
 
 def own_limit() -> int:

@@ -9,7 +9,7 @@ import sys
 import time
 
 from stratovirt import log
-from stratovirt.errors import ConfigError, StratoVirtError
+from stratovirt.errors import ConfigError, HostError, StratoVirtError
 from stratovirt.launcher import listening, wire
 
 TYPE_CHECKING = False
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stratovirt.launcher.child import Attachment
+    from stratovirt.machine.kvm import KvmAhead
 else:
     import _signal  # see process.py
 
@@ -131,7 +132,7 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     # Whatever is here now stays: a collection that looked through it would copy its pages in every child.
     gc.freeze()
     gc.disable()
-    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end, rehearse)
+    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end, rehearse, make_ahead)
     for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, lambda _number, _frame: end())
     if report is not None:
@@ -142,6 +143,17 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     kept.clear()
     launcher.close()
     log.info("ending; machines run on")
+
+
+def make_ahead() -> KvmAhead | None:
+    """In the spare child. None: the machine will say itself what is wrong with KVM, if anything is by then."""
+    from stratovirt.machine.kvm import KvmAhead
+
+    try:
+        return KvmAhead()
+    except HostError as error:
+        log.debug(f"no VM ahead: {error}")
+        return None
 
 
 def start_machine(arguments: list[str], attachment: Attachment) -> int:

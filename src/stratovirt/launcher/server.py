@@ -3,8 +3,9 @@
     connected -> asked -> handed over -> ended   refused, or too slow: an "error" answer, and the connection is closed
 
 One child is always forked ahead of its request: the spare. It has left the launcher, has been through what a machine's start
-goes through as far as it is the same for all, and waits at a socket for a request, which makes it a machine. So the fork, and
-most of the first writes to shared pages, are over when the request comes. The launcher's end is the spare's.
+goes through as far as it is the same for all, has a VM of KVM, and waits at a socket for a request, which makes it a machine.
+So the fork, most of the first writes to shared pages, and most of what KVM takes its time for, are over when the request
+comes. The launcher's end is the spare's.
 
 The launcher does nothing else, so that there is little to go wrong: no thread (a fork copies only the one that calls it), no
 work for a machine that runs, one callback for each step. A client that says nothing is let go after `REQUEST_SECONDS`, and the
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import select
 import struct
 
 from stratovirt import log
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stratovirt.loop import Timer
+    from stratovirt.machine.kvm import KvmAhead
 else:
     import _signal  # see process.py
 
 REQUEST_SECONDS = 5.0
 MAX_SILENT = 64
+SPARE_SECONDS = 0.005
 _ACCEPTED_AT_ONCE = 16
 _ROOM_FOR_RIGHTS = _socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 1) * 4)
 
@@ -64,15 +68,17 @@ class NoRequest(Exception):
 class Launcher:
     """Serves `listener`, an AF_UNIX SOCK_SEQPACKET socket, which becomes this object's.
 
-    `rehearse()` runs in the spare child, which lets go afterwards of what it has opened; `start(arguments, attachment)` runs in
-    the child when it has its request, and returns the machine's exit status, or ends the process itself.
+    `rehearse()` runs in the spare child, which lets go afterwards of what it has opened; after it `make_ahead()`, whose result
+    is in the attachment later. `start(arguments, attachment)` runs in the child when it has its request, and returns the
+    machine's exit status, or ends the process itself.
     `soft_limit` is how many files a machine may have open, `idle` after how many seconds without one `on_idle` is called
     (0: never).
     """
 
     def __init__(self, loop: EventLoop, listener: _socket.socket, start: Callable[[list[str], Attachment], int],
                  soft_limit: int, idle: float = 0.0, on_idle: Callable[[], None] = lambda: None,
-                 rehearse: Callable[[], None] = lambda: None) -> None:
+                 rehearse: Callable[[], None] = lambda: None,
+                 make_ahead: Callable[[], KvmAhead | None] = lambda: None) -> None:
         self._loop = loop
         self._listener = listener
         self._start = start
@@ -80,6 +86,7 @@ class Launcher:
         self._idle = idle
         self._on_idle = on_idle
         self._rehearse = rehearse
+        self._make_ahead = make_ahead
         self._spare: Spare | None = None
         self._closed = False
         self._idle_timer: Timer | None = None
@@ -189,7 +196,8 @@ class Launcher:
             _refuse(connection, "no process could be made for the machine")
         _close_all(received)
         if self._spare is None:
-            self._loop.call_soon(self._make_spare)  # for the next, once whoever waits now is answered
+            # For the next, when this machine has had time to start: until then they would take processors from each other.
+            self._loop.call_later(SPARE_SECONDS, self._make_spare)
         return True
 
     # -- machines
@@ -254,10 +262,12 @@ class Launcher:
                 socket.detach()  # the number will be somebody else's: no object shall close it
             source = detach(requests.detach())
             self._rehearse()
+            # Whoever is waiting already is served sooner by a VM that is made in its usual order.
+            ahead = None if _is_waiting(source) else self._make_ahead()
             message, received = _await_request(source)
             os.close(source)
             request = read_request(message, received[1:], self._soft_limit)
-            attachment = settle(request, received[0], self._soft_limit)
+            attachment = settle(request, received[0], self._soft_limit, ahead)
             status = self._start(request.arguments, attachment)
         except NoRequest:
             status = 0
@@ -320,6 +330,13 @@ class Launcher:
             if fd >= 0:
                 os.close(fd)
         self._machines.clear()
+
+
+def _is_waiting(source: int) -> bool:
+    """Is there a request, or will there never be one?"""
+    poll = select.poll()
+    poll.register(source, READ)
+    return bool(poll.poll(0))
 
 
 def _await_request(source: int) -> tuple[bytes, list[int]]:

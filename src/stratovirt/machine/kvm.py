@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from stratovirt.errors import StateError
+from stratovirt.errors import HostError, StateError
 from stratovirt.hypervisor.kvm.system import KvmSystem
 from stratovirt.machine.board import Processors
 from stratovirt.machine.vcpus import VcpuThreads
@@ -79,8 +79,42 @@ if TYPE_CHECKING:
             """When the process ends, nobody shall be kept waiting by what is taken apart. After `start`."""
 
 
+class KvmAhead:
+    """What KVM can be asked for before it is known what machine it is for, so that the machine need not wait.
+
+    It is of the process that makes it: a VM cannot be used after a fork. Raises: HostError.
+    """
+
+    def __init__(self) -> None:
+        self.system = KvmSystem()
+        try:
+            self.vm = Processors.create_ahead(self.system)
+        except HostError:
+            self.system.close()
+            raise
+
+    def descriptors(self) -> list[int]:
+        return [self.system.fd] if self.vm is None else [self.system.fd, self.vm.fd]
+
+    def renumber(self, fds: list[int]) -> None:
+        """They have other numbers now, in the order of `descriptors`."""
+        self.system.fd = fds[0]
+        if self.vm is not None:
+            self.vm.fd = fds[1]
+
+    def let_go(self) -> None:
+        """It is not wanted."""
+        from stratovirt.hypervisor.kvm.teardown import let_go
+
+        self.system.close()
+        if self.vm is not None:
+            let_go(self.vm.fd)
+
+
 class KvmAccelerator:
     """`on_exit` hears from a vCPU's thread why its run loop ended, `on_dead` when no vCPU can ever run again.
+
+    `ahead` becomes this object's.
 
     Raises: HostError when there is no KVM to be had.
     """
@@ -88,9 +122,10 @@ class KvmAccelerator:
     now = staticmethod(time.time)
 
     def __init__(self, config: VmConfig, ports: AddressMap, mmio: AddressMap, loop: EventLoop,
-                 on_exit: Callable[[KvmVcpu, str, int], None], on_dead: Callable[[], None]) -> None:
-        self.system = KvmSystem()
-        self.processors = Processors(self.system, config)
+                 on_exit: Callable[[KvmVcpu, str, int], None], on_dead: Callable[[], None],
+                 ahead: KvmAhead | None = None) -> None:
+        self.system = KvmSystem() if ahead is None else ahead.system
+        self.processors = Processors(self.system, config, None if ahead is None else ahead.vm)
         self.vm = self.processors.vm
         self.threads: VcpuThreads | None = None
         self._ports = ports

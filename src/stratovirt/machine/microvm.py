@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from stratovirt.iothread import IoThread
     from stratovirt.loop import EventLoop
     from stratovirt.machine.hotplug import HotPlug
-    from stratovirt.machine.kvm import Accelerator
+    from stratovirt.machine.kvm import Accelerator, KvmAhead
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.machine.snapshot import Incoming
     from stratovirt.virtio.balloon import VirtioBalloon
@@ -44,13 +44,14 @@ _BOOT_PHASES = {1: "the kernel has started", 2: "the boot is complete"}
 class MicroVm(Lifecycle):
     """A microVM: `build` it, `start` it, run the loop, and `close` it whatever happened.
 
-    `started_at` (time.monotonic) is when the process began, for the boot-time port.
+    `started_at` (time.monotonic) is when the process began, for the boot-time port. `ahead` is used if it suits, or let go.
     """
 
-    def __init__(self, config: VmConfig, loop: EventLoop, started_at: float) -> None:
+    def __init__(self, config: VmConfig, loop: EventLoop, started_at: float, ahead: KvmAhead | None = None) -> None:
         super().__init__(loop)
         self.config = config
         self._started_at = started_at
+        self._ahead = ahead
         self.ports = AddressMap()
         self.mmio = AddressMap()
         self.chardevs: dict[str, CharDevice] = {}
@@ -115,13 +116,16 @@ class MicroVm(Lifecycle):
 
     def _create_accelerator(self) -> Accelerator:
         config = self.config
+        ahead, self._ahead = self._ahead, None
         if config.accel == "test":
+            if ahead is not None:
+                ahead.let_go()
             from stratovirt.hypervisor.test_accel.accelerator import TestAccelerator
 
             return TestAccelerator(config.mod_test, self.ports, self.mmio, self.loop,
                                    lambda: self.shutdown(False, "host-test-hang-up"))
         return KvmAccelerator(config, self.ports, self.mmio, self.loop, self._on_vcpu_exit,
-                              lambda: self.shutdown(True, "guest-shutdown"))
+                              lambda: self.shutdown(True, "guest-shutdown"), ahead)
 
     @property
     def hotplug(self) -> HotPlug:

@@ -52,6 +52,8 @@ class VcpuThreads:
         self._begun = 0
         self._all_begun = allocate_lock()  # taken = "not yet", as below
         self._all_begun.acquire()
+        self._first_enters = allocate_lock()
+        self._first_enters.acquire()
         self._gate = allocate_lock()  # over _closed and _waiting: nobody comes to wait at a gate that is being opened
         self._ending = False
         self._idents = [0] * len(vcpus)
@@ -66,7 +68,11 @@ class VcpuThreads:
             lock.acquire()
 
     def start(self, paused: bool) -> None:
-        """Create the threads; with `paused` they wait at the gate before the guest's first instruction."""
+        """Create the threads; with `paused` they wait at the gate before the guest's first instruction.
+
+        A new thread has to wait until this one lets go of the interpreter. So this one waits itself, until the first vCPU is
+        about to enter the guest: what comes now can be done while the guest runs.
+        """
         _signal.signal(KICK_SIGNAL, _on_kick)
         sys.setswitchinterval(_SWITCH_INTERVAL)  # a busy thread may keep an exit waiting for that long, not for 5 ms
         stack_size(_STACK_SIZE)
@@ -75,6 +81,8 @@ class VcpuThreads:
             if paused:
                 vcpu.page[1] = 1
             self._idents[number] = start_new_thread(self._thread, (number,))
+            if number == 0 and not paused:
+                self._first_enters.acquire(timeout=STOP_SECONDS)
         if paused:
             self._await_arrival()
 
@@ -91,10 +99,12 @@ class VcpuThreads:
                 if not confined:
                     self._confine(VCPU)
                     confined = True
+                    self._note_entry(number)
                 why, errno = run_loop(vcpu, self._ports, self._mmio, self)
             except Exception:  # noqa: BLE001  # our own defect: the machine ends with its place in the log, it does not hang
                 why, errno = FATAL, 0
                 log.defect()
+            self._note_entry(number)  # also when it came to nothing
             self._ended[number] = True
             self._arrived[number].release()  # whoever waits for this vCPU need not any more
             if why == STOPPED:
@@ -102,6 +112,10 @@ class VcpuThreads:
             self._on_exit(vcpu, why, errno)
             if self._ending or not self._revived[number].acquire() or self._ending:
                 return
+
+    def _note_entry(self, number: int) -> None:
+        if number == 0 and self._first_enters.locked():
+            self._first_enters.release()
 
     def native_ids(self) -> list[int]:
         """Kernel thread ids, in the order of the vCPUs. Waits for threads that were created but have not begun yet.

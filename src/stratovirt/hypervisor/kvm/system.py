@@ -34,6 +34,7 @@ class KvmSystem:
         if version != uapi.API_VERSION:
             os.close(self.fd)
             raise HostError(f"{path} speaks KVM API {version}, not {uapi.API_VERSION}")
+        self._supported_cpuid = b""
 
     def check_extension(self, capability: int) -> int:
         """0 when the capability is missing, else a positive number whose meaning depends on it."""
@@ -53,7 +54,12 @@ class KvmSystem:
         return fcntl.ioctl(self.fd, uapi.KVM_GET_VCPU_MMAP_SIZE, 0)
 
     def supported_cpuid(self) -> bytes:
-        """The CPUID entries that KVM can give a guest: struct kvm_cpuid_entry2 after kvm_cpuid_entry2, 40 bytes each."""
+        """The CPUID entries that KVM can give a guest: struct kvm_cpuid_entry2 after kvm_cpuid_entry2, 40 bytes each.
+
+        KVM takes longer over it than over most things, and always says the same: it is asked once.
+        """
+        if self._supported_cpuid:
+            return self._supported_cpuid
         buffer = bytearray(8 + _MAX_CPUID_ENTRIES * CPUID_ENTRY_SIZE)
         struct.pack_into("<I", buffer, 0, _MAX_CPUID_ENTRIES)
         try:
@@ -61,7 +67,8 @@ class KvmSystem:
         except OSError as error:
             raise HostError.from_os("KVM_GET_SUPPORTED_CPUID", error) from error
         (count,) = struct.unpack_from("<I", buffer)
-        return bytes(buffer[8 : 8 + count * CPUID_ENTRY_SIZE])
+        self._supported_cpuid = bytes(buffer[8 : 8 + count * CPUID_ENTRY_SIZE])
+        return self._supported_cpuid
 
     def msr_indices(self) -> list[int]:
         """The MSRs that KVM saves and restores."""

@@ -9,7 +9,10 @@ it holds, since Linux 6.9 in a worker of its own. Older kernels do it while the 
 
 from __future__ import annotations
 
+import os
 import struct
+
+from stratovirt import log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,3 +34,20 @@ def close_behind(fd: int) -> None:
         sender.detach()
     except OSError:
         return
+
+
+def let_go(fd: int) -> None:
+    """Close `fd` now, and have what it refers to taken apart by somebody else, as above.
+
+    A failure has no consequence but that the caller waits.
+    """
+    sockets: tuple[_socket.socket, ...] = ()
+    try:
+        sender, keeper = sockets = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        rights = struct.pack("ii", keeper.fileno(), fd)
+        sender.sendmsg([b"\0"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+    except OSError as error:
+        log.debug(f"a VM is closed here, which takes a while: {error.strerror}")
+    os.close(fd)
+    for one in sockets:
+        one.close()

@@ -2,7 +2,7 @@
 
 Facts the callers rely on:
 - A memory slot that is registered before the interrupt chips exist costs 0.1 ms; afterwards KVM waits for an SRCU grace
-  period, 7 ms. So memory comes first.
+  period, 7 ms, unless that has passed meanwhile: after some 20 ms it is 0.2 ms. So memory comes first, or much later.
 - An irqfd on an edge-triggered GSI raises and lowers the line for each event: one interrupt, no acknowledgement needed.
 - An ioeventfd swallows the matching guest write in the kernel: the vCPU does not leave the guest for longer than that.
 """

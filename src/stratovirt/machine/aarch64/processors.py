@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Processors:
     """All processors of `vm`. Thread: the main loop's. Raises: ConfigError, HostError."""
 
-    def __init__(self, system: KvmSystem, config: VmConfig) -> None:
+    def __init__(self, system: KvmSystem, config: VmConfig, vm: None = None) -> None:
         cpus = config.smp.cpus
         self.vm = Arm64Vm(system, layout.address_bits(cpus, config.memory_size))
         self.vcpus: list[Arm64Vcpu] = []
@@ -45,6 +45,10 @@ class Processors:
         self._ram_size = config.memory_size
         self._pmu, self._sve = config.cpu_pmu, config.cpu_sve
         self._gic: Gic | None = None
+
+    @staticmethod
+    def create_ahead(system: KvmSystem) -> None:
+        """Nothing: the width of addresses and the GIC depend on the size of memory and the number of CPUs."""
 
     def create_interrupt_chips(self) -> str:
         """The vCPUs and the GIC. The name of the GIC."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stratovirt.arch.x86_64 import cpuid, layout, registers
-from stratovirt.errors import ConfigError
+from stratovirt.errors import ConfigError, HostError
 from stratovirt.hypervisor.kvm import _uapi as uapi
 from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
 from stratovirt.hypervisor.kvm.vm import KvmVm
@@ -21,19 +21,41 @@ if TYPE_CHECKING:
 
 
 class Processors:
-    """All processors of `vm`. Thread: the main loop's. Raises: ConfigError, HostError."""
+    """All processors of `vm`, which is that of `create_ahead` if it is given. Thread: the main loop's.
 
-    def __init__(self, system: KvmSystem, config: VmConfig) -> None:
-        self.vm = KvmVm(system)
+    Raises: ConfigError, HostError.
+    """
+
+    def __init__(self, system: KvmSystem, config: VmConfig, vm: KvmVm | None = None) -> None:
+        self.vm = vm or KvmVm(system)
+        self._has_chips = vm is not None
         self.vcpus: list[KvmVcpu] = []
         self._system = system
         self._smp = config.smp
 
     def create_interrupt_chips(self) -> str:
         """PIC, IOAPIC, local APICs and PIT. After memory, before irqfds and vCPUs. What tables have to be told: nothing."""
-        self.vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
-        self.vm.create_timer()
+        if self._has_chips:
+            self.vm.set_clock(0)  # the machine begins now
+        else:
+            _create_chips(self.vm)
         return ""
+
+    @staticmethod
+    def create_ahead(system: KvmSystem) -> KvmVm | None:
+        """A VM as any machine will want it; None where that depends on what machine it is. Raises: HostError.
+
+        Its chips come before memory. What makes that expensive is the grace period of KVM's that begins with them; this VM is
+        for somebody who comes later. A vCPU is not made yet, because its time stamp counter would run.
+        """
+        vm = KvmVm(system)
+        try:
+            _create_chips(vm)
+            system.supported_cpuid()
+        except HostError:
+            vm.close()
+            raise
+        return vm
 
     def create(self) -> None:
         """The vCPUs: the first is runnable, the others wait for their start-up IPI."""
@@ -58,6 +80,11 @@ class Processors:
     def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
         """Call `on_dead` when no processor can ever run again."""
         HaltWatch(loop, threads, is_running, on_dead)
+
+
+def _create_chips(vm: KvmVm) -> None:
+    vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
+    vm.create_timer()
 
 
 def topology_of(smp: SmpConfig) -> cpuid.Topology:
@@ -92,8 +119,7 @@ def reset_processors(system: KvmSystem, vm: KvmVm, vcpus: list[KvmVcpu]) -> None
     """
     fresh_vm = KvmVm(system)
     try:
-        fresh_vm.create_interrupt_chips(layout.KVM_IDENTITY_MAP, layout.KVM_TSS)
-        fresh_vm.create_timer()
+        _create_chips(fresh_vm)
         for chip in (uapi.KVM_IRQCHIP_PIC_MASTER, uapi.KVM_IRQCHIP_PIC_SLAVE, uapi.KVM_IRQCHIP_IOAPIC):
             vm.set_interrupt_chip(fresh_vm.get_interrupt_chip(chip))
         vm.set_timer(fresh_vm.get_timer())
