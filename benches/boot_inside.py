@@ -27,6 +27,9 @@ CASES = {"quiet": f"console=ttyS0 quiet {_BASE}", "all messages on the serial po
 OURS, PEER = OURS_FIRST = "stratovirt", machines.PEER
 _MARK = {OURS: b"boot-time port, 2", PEER: b"\x02"}
 _DEADLINE = 10
+# While the only processor waits for a file of the machine below, its clock jumps from timer to timer, at any speed. So a first
+# run, which may wait for files, ends by the deadline of the lab.
+_NO_DEADLINE = 0
 _STANDARD_LIBRARY = Path(os.__file__).parent
 _SOURCE = Path(stratovirt.__file__).parent.parent
 _COPY = Path("/tmp/bench")
@@ -41,7 +44,7 @@ def main(arguments: list[str]) -> int:
         commands = {OURS: [launcher, *ours(kernel, initramfs, words)[1:]], PEER: qemu(kernel, initramfs, words)}
         for monitor, command in commands.items():
             say(f"{case}: {monitor}")
-            boot(command, _MARK[monitor])  # the first run fills caches
+            boot(command, _MARK[monitor], deadline=_NO_DEADLINE)  # the first run fills caches
             for _ in range(count):
                 tell("time", case, monitor, nanoseconds=boot(command, _MARK[monitor])[1])
             say(f"{case}: {monitor}: tracing")
@@ -72,7 +75,7 @@ def qemu(kernel: Path, initramfs: Path, words: str) -> list[str]:
     return machines.qemu(kernel, MEMORY, 1, *more, serial=True)
 
 
-def boot(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]] = ()) -> tuple[int, int]:
+def boot(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]] = (), deadline: int = _DEADLINE) -> tuple[int, int]:
     """Start, wait until `mark` comes on stderr, kill: when it began, and how many ns until then."""
     read_end, write_end = os.pipe()
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)]
@@ -80,7 +83,7 @@ def boot(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]] = ())
     began = time.monotonic_ns()
     pid = os.posix_spawnp(command[0], command, os.environ, file_actions=actions)
     os.close(write_end)
-    signal.alarm(_DEADLINE)
+    signal.alarm(deadline)
     said = b""
     while mark not in said:
         piece = os.read(read_end, 4096)
