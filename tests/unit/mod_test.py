@@ -45,7 +45,7 @@ class MachineUnderTest:
             for fd in occupied.transport.notify_fds:
                 os.close(fd)
         for line in self.vm.vm.lines._lines.values():  # type: ignore[attr-defined]
-            os.close(line._fd)
+            os.close(line.fd)
         self.loop.close()
 
     def until(self, condition: Callable[[], bool], what: str = "it did not come") -> None:

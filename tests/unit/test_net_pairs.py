@@ -36,6 +36,7 @@ from unit.virtio_driver import (
     DATA,
     EVENT_IDX,
     INDIRECT_DESC,
+    INTERRUPT_ACK,
     INTERRUPT_STATUS,
     NEEDS_RESET,
     QUEUE_NOTIFY,
@@ -364,9 +365,43 @@ def test_the_kernel_is_told_everything_and_then_runs(make: Callable[..., PairsDr
     assert os.eventfd_read(driver.transport.notify_fds[0])  # the kernel watches it, and nobody else
     before = driver.line.count
     os.eventfd_write(kernel.last(VRING_CALL)[1][0], 1)
-    driver.settle()
     assert driver.read(INTERRUPT_STATUS) == 1 and driver.line.count == before + 1
     assert driver.command(2, b"\x00\x00\x01") == 0  # the control queue is ours
+
+
+@pytest.mark.parametrize("how", ["pause", "link", "unplug", "gone"])
+def test_the_last_interrupt_of_a_kernel_thread_is_not_lost(make: Callable[..., PairsDriver], how: str) -> None:
+    """It comes straight to the line, and the driver may read InterruptStatus only when nobody runs any more."""
+    driver = make(pairs=1, vhost=True)
+    driver.start(VERSION_1)
+    driver.settle()
+    driver.write(INTERRUPT_ACK, 3)
+    assert driver.read(INTERRUPT_STATUS) == 1, "any interrupt may be the kernel's"
+    before = driver.line.count
+    os.eventfd_write(driver.kernels[0].last(VRING_CALL)[0][0], 1)
+    if how == "pause":
+        driver.net.pause()
+    elif how == "link":
+        driver.net.set_link(False)
+    elif how == "unplug":
+        driver.net.replace_taps([NoTap()])
+    else:
+        driver.taps[0].network.close()
+        driver.settle()
+    assert driver.kernels[0].runs_on == -1
+    assert driver.read(INTERRUPT_STATUS) & 1 and driver.line.count >= before + 2
+    driver.write(INTERRUPT_ACK, 3)
+    assert driver.read(INTERRUPT_STATUS) == 0
+
+
+def test_interrupts_may_be_the_kernels_as_long_as_one_pair_is_its(make: Callable[..., PairsDriver]) -> None:
+    driver = make(vhost=True)
+    driver.start(VERSION_1 | MQ | 1 << 17)
+    assert driver.use_pairs(2) == 0 and driver.use_pairs(1) == 0
+    driver.write(INTERRUPT_ACK, 3)
+    assert driver.read(INTERRUPT_STATUS) == 1
+    driver.write(STATUS, 0)
+    assert driver.read(INTERRUPT_STATUS) == 0
 
 
 @pytest.mark.parametrize("how", ["pause", "link", "reset", "unplug", "pairs"])

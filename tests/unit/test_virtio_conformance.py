@@ -397,10 +397,11 @@ def interrupt_status_is_acknowledged_bit_by_bit(driver: Driver) -> None:
     assert driver.read(INTERRUPT_STATUS) == 3
     driver.write(INTERRUPT_ACK, 0xFFFF_FFFC)
     assert driver.read(INTERRUPT_STATUS) == 3
+    used = int(driver.device.others_interrupt)  # with vhost any interrupt may be for used buffers
     driver.write(INTERRUPT_ACK, 1)
-    assert driver.read(INTERRUPT_STATUS) == 2
+    assert driver.read(INTERRUPT_STATUS) == 2 | used
     driver.write(INTERRUPT_ACK, 2)
-    assert driver.read(INTERRUPT_STATUS) == 0
+    assert driver.read(INTERRUPT_STATUS) == used
 
 
 def does_not_interrupt_before_driver_ok(driver: Driver) -> None:

@@ -5,6 +5,7 @@ Written from the specification and independent of `stratovirt.virtio`, so that t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -40,13 +41,32 @@ def guest_memory(size: int = RAM_SIZE, high: int = 0) -> GuestMemory:
 
 
 class Line:
-    """An interrupt line that counts."""
+    """An interrupt line that counts, what others signal as well."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._fd = -1
+        self._count = 0
+
+    @property
+    def fd(self) -> int:
+        if self._fd < 0:
+            self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return self._fd
+
+    @property
+    def count(self) -> int:
+        if self._fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                self._count += os.eventfd_read(self._fd)
+        return self._count
 
     def trigger(self) -> None:
-        self.count += 1
+        self._count += 1
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class GuestQueue:
@@ -135,6 +155,7 @@ class Driver:
         self.queues: list[GuestQueue] = []
 
     def close(self) -> None:
+        self.line.close()
         for fd in self.transport.notify_fds:
             os.close(fd)
 

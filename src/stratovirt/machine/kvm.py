@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from stratovirt.memory import RamRegion
 
     class InterruptLine(Protocol):
+        @property
+        def fd(self) -> int:
+            """An eventfd: one write to it is one interrupt."""
+
         def trigger(self) -> None:
             """One edge-triggered interrupt. Thread: any."""
 

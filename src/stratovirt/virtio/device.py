@@ -40,6 +40,10 @@ if TYPE_CHECKING:
         def notify_fds(self) -> list[int]:
             """The eventfd that each queue's notification arrives on."""
 
+        @property
+        def interrupt_fd(self) -> int:
+            """The eventfd of the interrupt line, for somebody else who uses buffers: see `let_others_interrupt`."""
+
         def notify_used(self) -> None:
             """Interrupt the driver: buffers were used."""
 
@@ -72,6 +76,8 @@ class VirtioDevice:
     queue_sizes: tuple[int, ...] = ()
     external_queues: frozenset[int] = frozenset()
     """Queues that somebody else serves (the kernel's vhost, another process): their notifications do not come here."""
+    others_interrupt = False
+    """Somebody else raises the interrupt line as well: whenever the driver asks, buffers may have been used."""
 
     def __init__(self) -> None:
         self.features = 1 << F_VERSION_1
@@ -140,6 +146,16 @@ class VirtioDevice:
                 its_loop.remove(fd)
             else:
                 its_loop.add(fd, READ, lambda _events, index=index: transport.on_notify(index))  # type: ignore[misc]
+
+    def let_others_interrupt(self, others: bool) -> None:
+        """True: before anybody else is told the transport's `interrupt_fd`. False: when nobody signals it any more.
+
+        What was signalled last the driver may take for nothing, if it asks for the reason only after that. So it is told again.
+        """
+        before = self.others_interrupt
+        if before and not others and self.active and self.transport is not None:
+            self.transport.notify_used()
+        self.others_interrupt = others
 
     def lock_of(self, index: int) -> Lock:
         """What is held for the work on a queue. A device whose queues are on several loops has one for each, and `_work` is

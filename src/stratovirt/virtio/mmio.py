@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from stratovirt.virtio.device import VirtioDevice
 
     class InterruptLine(Protocol):
+        @property
+        def fd(self) -> int:
+            """An eventfd, each write to which does the same as `trigger`."""
+
         def trigger(self) -> None:
             """Raise an edge-triggered interrupt."""
 
@@ -113,7 +117,8 @@ class VirtioMmio:
         if size != 4 or offset & 3:
             return 0
         if offset == 0x060:
-            return (INTERRUPT_USED if self._used_pending else 0) | (INTERRUPT_CONFIG if self._config_pending else 0)
+            used = self._used_pending or self.device.others_interrupt  # those set no flag here, and any interrupt may be theirs
+            return (INTERRUPT_USED if used else 0) | (INTERRUPT_CONFIG if self._config_pending else 0)
         if offset == 0x070:
             return self.status | (DEVICE_NEEDS_RESET if self.broken else 0)
         if offset == 0x000:
@@ -319,6 +324,10 @@ class VirtioMmio:
         return positions
 
     # -- for the device
+
+    @property
+    def interrupt_fd(self) -> int:
+        return self.interrupt.fd
 
     def notify_used(self) -> None:
         if self.status & DRIVER_OK:

@@ -4,7 +4,7 @@ A driver uses one pair until it asks for more. The tap's queues of the others ar
 there; what a driver sends through such a pair nevertheless goes out by the first.
 
 Rings change hands at a point where every chain that was taken has been returned: `Virtqueue.position` on our side, the ring
-base on the kernel's.
+base on the kernel's. The kernel's threads interrupt the driver by themselves: what they signal is KVM's irqfd.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Pairs:
         self._device = device
         self._loop = loop
         self._wanted = 1
-        self._call_fd = self._error_fd = -1  # what the kernel's threads signal: an interrupt, a broken ring
+        self._error_fd = -1  # what the kernel's threads signal when a ring is broken
 
     # -- what they are connected to
 
@@ -80,10 +80,8 @@ class Pairs:
             if pair.enabled:
                 pair.receiver.attach(pair.tap)
             pair.sender.attach(pair.tap)
-        if vhosts and self._call_fd < 0:
-            self._call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        if vhosts and self._error_fd < 0:
             self._error_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._loop.add(self._call_fd, READ, self._on_call)
             self._loop.add(self._error_fd, READ, self._on_broken_ring)
         self.enable(self._wanted)
 
@@ -164,6 +162,7 @@ class Pairs:
             vhost = pair.vhost
             if vhost is not None and vhost.running != (up and pair.enabled):
                 done = (self._stop(pair, vhost) if vhost.running else self._start(pair, vhost)) and done
+        self._device.let_others_interrupt(bool(self.in_kernel))
         return done
 
     def _start(self, pair: Pair, vhost: VhostNet) -> bool:
@@ -173,8 +172,9 @@ class Pairs:
             return True  # a driver without its queues: there is nothing to serve
         self._give_back(pair)
         kick_fds = [device.transport.notify_fds[half.index] for half in pair.halves]
+        device.let_others_interrupt(True)
         try:
-            vhost.start(device.driver_features, (rx, tx), kick_fds, self._call_fd, self._error_fd, pair.tap.fd)
+            vhost.start(device.driver_features, (rx, tx), kick_fds, device.transport.interrupt_fd, self._error_fd, pair.tap.fd)
         except HostError as error:
             device.report(error)
             self._stop(pair, vhost)
@@ -196,11 +196,6 @@ class Pairs:
         return True
 
     # -- what the kernel tells. Thread: the device's loop
-
-    def _on_call(self, _events: int) -> None:
-        os.eventfd_read(self._call_fd)
-        if self._device.transport is not None:
-            self._device.transport.notify_used()
 
     def _on_broken_ring(self, _events: int) -> None:
         os.eventfd_read(self._error_fd)

@@ -4,8 +4,7 @@
     queue 1  tx      from the guest    served by the kernel
     queue 2  event   transport events  ours: it says that connections are gone, after a restored snapshot
 
-Config space: u64 guest_cid. The kernel signals an eventfd for each interrupt, and not KVM's irqfd: a driver of a virtio-mmio
-device reads InterruptStatus, which only the transport can set. So every interrupt passes through the loop.
+Config space: u64 guest_cid. Interrupts go from vhost to KVM's irqfd, without this process.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _TRANSPORT_RESET = bytes(4)  # struct virtio_vsock_event { le32 id; }, and the o
 
 
 class VhostVsock(VirtioDevice):
-    """`backend` comes from `open_backend`. Loop: the main one, for interrupts and broken rings."""
+    """`backend` comes from `open_backend`. Loop: the main one, for broken rings."""
 
     device_id = 19
     name = "vhost-vsock"
@@ -58,9 +57,7 @@ class VhostVsock(VirtioDevice):
         self._running = False
         self._paused = False
         self._reset_due = False  # the driver has to hear that all connections are gone
-        self._call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._error_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        loop.add(self._call_fd, READ, self._on_call)
         loop.add(self._error_fd, READ, self._on_broken_ring)
 
     # -- life cycle
@@ -87,7 +84,8 @@ class VhostVsock(VirtioDevice):
         for index, queue in enumerate(rings):
             if queue is not None:
                 backend.set_ring(index, queue.size, queue.descriptor_table, queue.avail_ring, queue.used_ring,
-                                 transport.notify_fds[index], self._call_fd, self._error_fd, queue.position)
+                                 transport.notify_fds[index], transport.interrupt_fd, self._error_fd, queue.position)
+        self.let_others_interrupt(True)
         self._set_running(True)
 
     def _set_running(self, running: bool) -> None:
@@ -101,6 +99,7 @@ class VhostVsock(VirtioDevice):
                 self._set_running(False)
             except HostError as error:
                 self._report(error)
+        self.let_others_interrupt(False)
 
     def on_reset(self) -> None:
         self._stop()
@@ -149,11 +148,6 @@ class VhostVsock(VirtioDevice):
             self._on_error(error)
 
     # -- what the kernel tells, on the loop
-
-    def _on_call(self, _events: int) -> None:
-        os.eventfd_read(self._call_fd)
-        if self.transport is not None:
-            self.transport.notify_used()
 
     def _on_broken_ring(self, _events: int) -> None:
         os.eventfd_read(self._error_fd)

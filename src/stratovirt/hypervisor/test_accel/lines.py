@@ -12,14 +12,14 @@ import os
 class InterruptLine:
     """Thread: `trigger` from any, the others from one."""
 
-    __slots__ = ("_fd", "_raised")
+    __slots__ = ("_raised", "fd")
 
     def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._raised = False
 
     def trigger(self) -> None:
-        os.eventfd_write(self._fd, 1)
+        os.eventfd_write(self.fd, 1)
 
     def set_level(self, high: bool) -> None:
         """A level-triggered device: the line is raised by its edge, and not lowered but by `lower`."""
@@ -28,7 +28,7 @@ class InterruptLine:
 
     def is_raised(self) -> bool:
         try:
-            os.eventfd_read(self._fd)
+            os.eventfd_read(self.fd)
             self._raised = True
         except BlockingIOError:
             return self._raised  # no edge since the last look
