@@ -46,15 +46,15 @@ def record(work: Callable[[], object], file: Path) -> dict[str, int]:
     (_FOLDER / "tracing_on").write_text("1")
     try:
         work()
+        histogram = (reasons / "hist").read_text()
     finally:
         (_FOLDER / "tracing_on").write_text("0")
         for name in _EVENTS:
             (_FOLDER / f"events/kvm/{name}/enable").write_text("0")
+        (reasons / "trigger").write_text("!hist:keys=exit_reason")
     with open(_FOLDER / "trace", "rb") as trace, open(file, "wb") as copy:
         shutil.copyfileobj(trace, copy, 1 << 20)
     (_FOLDER / "trace").write_text("")
-    histogram = (reasons / "hist").read_text()
-    (reasons / "trigger").write_text("!hist:keys=exit_reason")
     return {_REASONS.get(int(code), f"reason {int(code):#x}"): int(times) for code, times in _HIST.findall(histogram)}
 
 
