@@ -20,8 +20,9 @@ _OURS_WINDOW = 0xF010_0000
 # QEMU's microvm has 24 transports and gives the first device the last.
 _QEMU_WINDOW = 0xFEB0_0000 + 23 * 0x200
 _SECONDS = 60.0
-# name, bytes, requests of a batch, batches
-_CASES = (("4 KiB, depth 1", 4096, 1, 20000), ("4 KiB, depth 32", 4096, 32, 2000), ("128 KiB, depth 8", 128 << 10, 8, 1000))
+# name, bytes, requests of a batch, batches, apart on the disk
+_CASES = (("4 KiB, depth 1", 4096, 1, 20000, True), ("4 KiB apart, depth 32", 4096, 32, 2000, True),
+          ("4 KiB in turn, depth 32", 4096, 32, 2000, False), ("128 KiB in turn, depth 8", 128 << 10, 8, 1000, False))
 # name, our keys, QEMU's
 _ENGINES = (("each one's default engine", "direct=off", "cache=writeback"),
             ("io_uring", "direct=off,aio=io_uring", "cache=writeback,aio=io_uring"))
@@ -34,10 +35,10 @@ def run(count: int) -> None:
         folder = Path(name)
         image = folder / "image"
         image.write_bytes(os.urandom(1 << 20))
-        for case, size, batch, rounds in _CASES:
+        for case, size, batch, rounds, apart in _CASES:
             ours, theirs = folder / "ours.elf", folder / "theirs.elf"
-            ours.write_bytes(ring_guest.image(_OURS_WINDOW, batch, size, rounds))
-            theirs.write_bytes(ring_guest.image(_QEMU_WINDOW, batch, size, rounds))
+            ours.write_bytes(ring_guest.image(_OURS_WINDOW, batch, size, rounds, apart))
+            theirs.write_bytes(ring_guest.image(_QEMU_WINDOW, batch, size, rounds, apart))
             for engine, our_keys, qemu_keys in _ENGINES:
                 for place in ("main loop", "iothread"):
                     commands = (_ours(ours, image, our_keys, place), _qemu(theirs, image, qemu_keys, place))

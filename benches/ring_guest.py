@@ -18,21 +18,21 @@ _DESC, _AVAIL, _USED = _RINGS_AT, _RINGS_AT + 0x1000, _RINGS_AT + 0x2000
 _NEXT, _WRITE = 1, 2
 _SERIAL = 0x3F8
 _EXIT_VALUE = 0x15
-_LARGE = 64 << 10
 
 # Offsets of virtio-mmio, version 2.
 _DRIVER_FEATURES, _DRIVER_FEATURES_SEL, _QUEUE_SEL, _QUEUE_NUM, _QUEUE_READY = 0x020, 0x024, 0x030, 0x038, 0x044
 _QUEUE_NOTIFY, _STATUS, _QUEUE_DESC, _QUEUE_DRIVER, _QUEUE_DEVICE = 0x050, 0x070, 0x080, 0x090, 0x0A0
 
 
-def image(window: int, batch: int, size: int, rounds: int) -> bytes:
+def image(window: int, batch: int, size: int, rounds: int, apart: bool) -> bytes:
     """The file: `rounds` batches of `batch` reads of `size` bytes each, from the disk whose registers are at `window`.
 
-    They lie at the start of the disk: small ones in an order in which no two neighbours can be merged, large ones in turn.
+    They lie at the start of the disk: one after the other, or `apart`, with as much between any two, and out of order. A
+    monitor can make one transfer of neighbours (QEMU sorts a batch for it), and none of those.
     """
     code = _code(window, batch, rounds)
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", _CODE_AT)
-    segments = ((_CODE_AT, code), (_RINGS_AT, _rings(batch, size)), (_HEADERS_AT, _headers(batch, size)))
+    segments = ((_CODE_AT, code), (_RINGS_AT, _rings(batch, size)), (_HEADERS_AT, _headers(batch, size, apart)))
     offset = 0x1000
     headers = struct.pack("<IIQQQQQQ", 4, 4, 0x800, 0, 0, len(note), len(note), 4)
     body = b""
@@ -84,7 +84,8 @@ def _rings(batch: int, size: int) -> bytes:
     return table.ljust(_AVAIL - _DESC, b"\0") + available.ljust(_USED - _AVAIL, b"\0") + bytes(0x1000)
 
 
-def _headers(batch: int, size: int) -> bytes:
-    step = 7 if size < _LARGE else 1  # 7 is prime to every number of requests in use
-    return b"".join(struct.pack("<IIQ", 0, 0, size // 512 * (number * step % batch)).ljust(32, b"\0") + b"\xff".ljust(32, b"\0")
-                    for number in range(batch))
+def _headers(batch: int, size: int, apart: bool) -> bytes:
+    sectors = size // 512
+    # 7 is prime to every number of requests in use
+    places = [2 * sectors * (number * 7 % batch) if apart else sectors * number for number in range(batch)]
+    return b"".join(struct.pack("<IIQ", 0, 0, place).ljust(32, b"\0") + b"\xff".ljust(32, b"\0") for place in places)

@@ -40,30 +40,31 @@ class RamRegion:
 class GuestMemory:
     """All RAM of a machine.
 
-    Thread: any. Raises: GuestError from every access that is not wholly inside one region of RAM.
+    Thread: any. Raises: GuestError from every access that is not wholly inside one region of RAM. `last` is the region that
+    was found last: where the next address lies, too, as a rule.
     """
 
     def __init__(self, regions: list[RamRegion]) -> None:
         self.regions = regions
-        self._last = regions[0]
+        self.last = regions[0]
         self.size = sum(region.size for region in regions)
         self.shared = regions[0].shared  # one file, or none, is behind all of them
         self.page_size = regions[0].host.page_size
 
     def region(self, address: int, length: int) -> RamRegion:
         """The region that holds all of [address, address + length)."""
-        last = self._last
+        last = self.last
         if last.base <= address and address + length <= last.end and length >= 0:
             return last
         for region in self.regions:
             if region.base <= address and address + length <= region.end and length >= 0:
-                self._last = region
+                self.last = region
                 return region
         raise GuestError("memory", f"[{address:#x}, +{length:#x}) is not RAM")
 
     def slice(self, address: int, length: int) -> memoryview:
         """Guest RAM at [address, address + length) as a writable view: no copy."""
-        region = self._last  # `region` once more: a call less for each descriptor
+        region = self.last  # `region` once more: a call less for each descriptor
         if address < region.base or address + length > region.end or length < 0:
             region = self.region(address, length)
         start = address - region.base

@@ -105,10 +105,10 @@ def test_short_transfers_are_continued(file: Path, lengths: list[int], steps: li
     for length in lengths:
         views.append(memoryview(data)[position : position + length])
         position += length
-    disk._transfer("read", Trickle(os.preadv, steps), list(views), offset)
+    disk._transfer("read", Trickle(os.preadv, steps), list(views), offset, len(data))
     assert bytes(data) == content[offset : offset + len(data)]
     data[:] = bytes(255 - byte for byte in data)
-    disk._transfer("write", Trickle(os.pwritev, steps), list(views), offset)
+    disk._transfer("write", Trickle(os.pwritev, steps), list(views), offset, len(data))
     assert file.read_bytes()[offset : offset + len(data)] == bytes(data)
     file.write_bytes(content)
     disk.close()

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from stratovirt.address_map import AddressMap
-from stratovirt.backends.block import RawImage
+from stratovirt.backends.block import BlockRequest, RawImage
 from stratovirt.config.vm import DriveConfig
 from stratovirt.devices.cmos_rtc import CmosRtc
 from stratovirt.devices.serial import RECEIVE_BUFFER_SIZE, Serial
@@ -141,15 +141,15 @@ def test_known_defect_04_serial_input_is_bounded() -> None:
 def test_known_defect_06_reset_waits_for_the_request_in_flight(disk: BlockDriver) -> None:
     """A reset from a vCPU while the loop is in the middle of a read returns only when the buffer is no longer used."""
     inside, go_on, order = threading.Event(), threading.Event(), []
-    real = disk.image.read
+    real = disk.image.perform
 
-    def slow(views: list[memoryview], offset: int) -> None:
+    def slow(request: BlockRequest) -> None:
         inside.set()
         assert go_on.wait(10)
-        real(views, offset)
+        real(request)
         order.append("read done")
 
-    disk.image.read = slow  # type: ignore[method-assign]
+    disk.image.perform = slow  # type: ignore[method-assign]
     queue = disk.queues[0]
     queue.add(read_request(disk))
     disk.write(QUEUE_NOTIFY, 0)
@@ -295,8 +295,8 @@ def test_known_defect_13_no_more_requests_than_the_queue_holds(disk: BlockDriver
     queue = disk.start(size=8)
     disk.queues = [queue]
     handled = []
-    real = disk.device.handle
-    disk.device.handle = lambda *args: handled.append(1) or real(*args)  # type: ignore[method-assign,func-returns-value]
+    real = disk.image.perform
+    disk.image.perform = lambda request: handled.append(1) or real(request)  # type: ignore[method-assign,func-returns-value]
     head = queue.add(read_request(disk))
     for _ in range(7):
         queue.publish(head)
@@ -454,16 +454,16 @@ def test_known_defect_23_a_device_is_not_entered_twice(disk: BlockDriver) -> Non
     """Two threads with the same notification: one works, the other waits."""
     inside = 0
     overlaps = []
-    real = disk.image.read
+    real = disk.image.perform
 
-    def watched(views: list[memoryview], offset: int) -> None:
+    def watched(request: BlockRequest) -> None:
         nonlocal inside
         inside += 1
         overlaps.append(inside)
-        real(views, offset)
+        real(request)
         inside -= 1
 
-    disk.image.read = watched  # type: ignore[method-assign]
+    disk.image.perform = watched  # type: ignore[method-assign]
     queue = disk.queues[0]
     for _ in range(40):
         queue.add(read_request(disk))

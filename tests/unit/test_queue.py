@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stratovirt.backends.aio_syscalls import pin
 from stratovirt.errors import GuestError
 from stratovirt.memory import GuestMemory
-from stratovirt.virtio.queue import Virtqueue, check_geometry, split
+from stratovirt.virtio.queue import Chain, Virtqueue, check_geometry, split
 from unit.virtio_driver import (
     DATA,
     HIGH_RAM,
@@ -277,3 +278,115 @@ def test_whatever_the_rings_hold_each_head_comes_back_once(table: list[tuple[int
         queue.push(chain.head, 0)
         expected.append(head)
     assert [head for head, _ in guest.collect()] == expected
+
+
+def taken(chain: Chain) -> tuple[int, list[tuple[int, int]], int, list[tuple[int, int]], int]:
+    """A chain as addresses and lengths: the head, what is readable, what is writable."""
+    readable, writable = ([(pin(view)[0], len(view)) for view in views] for views in (chain.readable, chain.writable))
+    return chain.head, readable, chain.readable_length, writable, chain.writable_length
+
+
+# Near to what drivers make, and a value or two off: what is taken in one look must be what a walk would have found.
+_address = st.one_of(st.integers(DATA, DATA + 64),
+                     st.sampled_from((0, RAM_SIZE - 8, RAM_SIZE, HIGH_RAM, HIGH_RAM + RAM_SIZE - 4)))
+_part = st.tuples(_address, st.sampled_from((0, 1, 8, 16, 4096, 2**32 - 1)),
+                  st.sampled_from((NEXT, NEXT | WRITE, WRITE, 0, NEXT)), st.integers(-1, 1))
+_likely = st.tuples(st.lists(_part, min_size=3, max_size=3), st.sampled_from((-1, -1, -1, 0, 1, 2)), st.booleans(),
+                    st.sampled_from((48, 48, 32, 64, 0)))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(_likely, min_size=1, max_size=5), st.integers(1, 6), st.booleans(), st.sampled_from((2, 16)))
+def test_a_batch_is_what_single_pops_are(requests: list, limit: int, feature: bool, size: int) -> None:
+    """Requests of three descriptors, most of them sound, in the table or in their own: popped one by one and in batches."""
+    memory = guest_memory(high=RAM_SIZE)
+    guest, queue = pair(size, memory, indirect=feature)
+    _, single = pair(size, memory, indirect=feature)
+    tables = DATA + 0x1000
+    for number, (parts, odd, indirect, table_size) in enumerate(requests):
+        first = 0 if indirect else 3 * number
+        flags_of_three = (NEXT, NEXT | WRITE * (number & 1), WRITE)
+        table = b""
+        for place, (address, length, flags, off) in enumerate(parts):
+            if place != odd:
+                length, flags, off = length % 4097 or 1, flags_of_three[place], 0
+            table += struct.pack("<QIHH", address, length, flags, (first + place + 1 + off) & 0xFFFF)
+        if indirect:
+            memory.write(tables + 64 * number, table)
+            guest.describe(3 * number % size, tables + 64 * number, table_size, INDIRECT)
+        else:
+            for place in range(3):
+                guest.describe((first + place) % size, *struct.unpack_from("<QIHH", table, 16 * place))
+    for number in range(min(len(requests), size)):
+        guest.publish(3 * number % (size + 1))
+    outcomes: list[list[object]] = [[], []]
+    try:
+        while (chain := single.pop()) is not None:
+            outcomes[0].append(taken(chain))
+    except GuestError as error:
+        outcomes[0].append(str(error))
+    back = guest.collect()
+    single._used16[single._used_index + 1] = 0
+    guest.used_index = 0
+    try:
+        while chains := queue.pop_batch(limit):
+            assert len(chains) <= limit
+            outcomes[1] += [taken(chain) for chain in chains]
+    except GuestError as error:
+        outcomes[1].append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert guest.collect() == back  # the malformed one
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(_descriptor, min_size=SIZE, max_size=SIZE), st.lists(st.integers(0, SIZE), max_size=SIZE), st.integers(1, SIZE))
+def test_whatever_the_rings_hold_batches_end_where_single_pops_do(table: list[tuple[int, int, int, int]], heads: list[int],
+                                                                  limit: int) -> None:
+    guest, queue = pair()
+    for index, descriptor in enumerate(table):
+        guest.describe(index, *descriptor)
+    for head in heads:
+        guest.publish(head)
+    _, single = pair(memory=guest.memory, base=RINGS + 0x8000)
+    guest.memory.write(RINGS + 0x8000, guest.memory.read(RINGS, guest.end - RINGS))
+    outcomes: list[list[object]] = [[], []]
+    try:
+        while chains := queue.pop_batch(limit):
+            outcomes[0] += [taken(chain) for chain in chains]
+    except GuestError as error:
+        outcomes[0].append(str(error))
+    try:
+        while (chain := single.pop()) is not None:
+            outcomes[1].append(taken(chain))
+    except GuestError as error:
+        outcomes[1].append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_malformed_chain_is_the_error_of_the_call_after_those_before_it() -> None:
+    guest, queue = pair(16)
+    for _ in range(2):
+        guest.add([(DATA, 16, False), (DATA, 8, True), (DATA, 1, True)])
+    bad = guest.add([(DATA, 16, False), (DATA, 0, True), (DATA, 1, True)])
+    guest.add([(DATA, 16, False), (DATA, 8, True), (DATA, 1, True)])
+    assert [chain.head for chain in queue.pop_batch(16)] == [0, 3]
+    assert guest.collect() == []
+    with pytest.raises(GuestError, match="zero bytes"):
+        queue.pop_batch(16)
+    assert guest.collect() == [(bad, 0)]
+
+
+def test_what_was_not_begun_goes_back() -> None:
+    guest, queue = pair()
+    heads = [guest.add([(DATA, 1, True)]) for _ in range(4)]
+    assert [chain.head for chain in queue.pop_batch(3)] == heads[:3]
+    queue.unpop(2)
+    assert [chain.head for chain in queue.pop_batch(8)] == heads[1:]
+    assert queue.pop_batch(8) == [] and queue.pop_batch(0) == []
+
+
+def test_an_index_too_far_ahead_ends_a_batch_too() -> None:
+    guest, queue = pair()
+    guest.publish(0, move=SIZE + 1)
+    with pytest.raises(GuestError, match="ahead in a queue"):
+        queue.pop_batch(1)

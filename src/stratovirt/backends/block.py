@@ -155,9 +155,9 @@ class RawImage:
         """Carry out a request on this thread. Raises: HostError."""
         kind = request.kind
         if kind == READ:
-            self.read(request.views, request.offset)
+            self._transfer("read", os.preadv, request.views, request.offset, request.length)
         elif kind == WRITE:
-            self.write(request.views, request.offset)
+            self._transfer("write", os.pwritev, request.views, request.offset, request.length)
             if request.durable:
                 self.flush()
         elif kind == FLUSH:
@@ -174,25 +174,28 @@ class RawImage:
 
     def read(self, views: list[memoryview], offset: int) -> None:
         """Fill `views` from `offset`. Raises: HostError, also when the file has shrunk and ends before that."""
-        self._transfer("read", os.preadv, views, offset)
+        self._transfer("read", os.preadv, views, offset, sum(map(len, views)))
 
     def write(self, views: list[memoryview], offset: int) -> None:
         """Store `views` at `offset`. Raises: HostError."""
-        self._transfer("write", os.pwritev, views, offset)
+        self._transfer("write", os.pwritev, views, offset, sum(map(len, views)))
 
-    def _transfer(self, name: str, call: _Call, views: list[memoryview], offset: int) -> None:
+    def _transfer(self, name: str, call: _Call, views: list[memoryview], offset: int, length: int) -> None:
         fd = self._fd
-        while views:
+        while length:
             try:
-                done = call(fd, views[:_IOV_MAX], offset)
+                done = call(fd, views if len(views) <= _IOV_MAX else views[:_IOV_MAX], offset)
             except OSError as error:
                 if error.errno == errno.EINVAL and fd != self._buffered_fd:
                     fd = self._buffered_fd
                     continue
                 raise HostError.from_os(f"{name} of {self.path} at {offset:#x}", error) from error
+            if done == length:
+                return
             if done == 0:
                 raise HostError(f"{name} of {self.path} at {offset:#x}: the file ends there")
             offset += done
+            length -= done
             while views and done >= len(views[0]):
                 done -= len(views[0])
                 views = views[1:]

@@ -1,11 +1,9 @@
 """virtio-blk (VIRTIO 1.2, 5.2): a disk over a raw image.
 
-A request is one chain: a 16-byte header (u32 type, u32 reserved, u64 sector), the data, one status byte at the very end.
-Header and status are found by counting bytes, not descriptors: the driver may split a request anywhere (2.7.4.2).
-
-With `aio=off` a request is carried out where it is found. Otherwise it is handed to an engine, which owns its buffers until
-it is finished; at most one queue's worth is on the way for each queue. A finished flush means that every write that
-was finished before it came is on stable storage, which is all that a driver may ask (5.2.6.2).
+Requests are taken in batches, and reads or writes of a batch that are neighbours on the disk become one transfer
+(`block_request.py`). With `aio=off` a batch is carried out where it is found. Otherwise it is handed to an engine, which owns
+its buffers until it is finished; at most one queue's worth is on the way for each queue. A finished flush means that every
+write that was finished before it came is on stable storage, which is all that a driver may ask (5.2.6.2).
 
 An image that has grown is noticed when the driver flushes or resets the disk, without polling: the driver is told through
 the config interrupt. One that has shrunk is not; what is missing gives I/O errors.
@@ -27,29 +25,28 @@ from stratovirt.backends.block import (
     SECTOR_SIZE,
     WRITE,
     WRITE_ZEROES,
-    BlockRequest,
     RawImage,
 )
 from stratovirt.errors import GuestError, HostError
 from stratovirt.loop import READ as READABLE
 from stratovirt.virtio.block_config import F_DISCARD, F_FLUSH, F_WRITE_ZEROES, MAX_RANGE_SECTORS, config_of, features_of
+from stratovirt.virtio.block_request import HEADER_SIZE, MAX_MERGED, DiskRequest, MergedRequest, merge, parse
 from stratovirt.virtio.device import F_VERSION_1, VirtioDevice
-from stratovirt.virtio.queue import Chain, Virtqueue, split
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from stratovirt.backends.aio_threads import ThreadEngine
     from stratovirt.backends.block_rate import LeakyBucket
     from stratovirt.loop import EventLoop, Timer
     from stratovirt.snapshot.saved import Saved
+    from stratovirt.virtio.block_request import Transfer
+    from stratovirt.virtio.queue import Chain, Virtqueue
 
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
-S_OK, S_IOERR, S_UNSUPP = b"\x00", b"\x01", b"\x02"
+S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 
-_HEADER = struct.Struct("<IIQ")  # struct virtio_blk_req { le32 type; le32 reserved; le64 sector; ... }
-_HEADER_SIZE = _HEADER.size
 _RANGE = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; le32 flags; }
 _FLAG_UNMAP = 1
 SERIAL_SIZE = 20
@@ -61,23 +58,9 @@ RESET_SECONDS, PAUSE_SECONDS = 10.0, 4.0
 class _Refused(Exception):
     """The request is not to be done; the driver is told this status and both sides go on."""
 
-    def __init__(self, status: bytes) -> None:
+    def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
-
-
-class _DiskRequest(BlockRequest):
-    """A request, and where its answer goes. `written`: bytes that the driver gets when it succeeds, but for the status."""
-
-    __slots__ = ("head", "index", "queue", "status", "written")
-
-    def __init__(self, kind: int, views: list[memoryview], offset: int, length: int, written: int = 0) -> None:
-        super().__init__(kind, views, offset, length)
-        self.written = written
-        self.queue: Virtqueue | None = None
-        self.index = 0
-        self.head = 0
-        self.status: memoryview | None = None
 
 
 class VirtioBlock(VirtioDevice):
@@ -144,17 +127,18 @@ class VirtioBlock(VirtioDevice):
 
     # -- requests, on the device's loop
 
-    def ready(self, index: int) -> bool:
-        queue = self.queues[index]
-        if self._paused or queue is None or self._in_flight[index] >= queue.size:
+    def _room(self, index: int, queue: Virtqueue) -> int:
+        """How many requests may be taken now; when none, it is seen to that the queue is looked at again."""
+        if self._paused or self._in_flight[index] >= queue.size:
             self._waiting.add(index)
-            return False
+            return 0
         if self._buckets and self._loop is not None:
             delay = self._buckets[index].delay(self._loop.clock())
             if delay > 0.0:
                 self._come_back(index, delay, self._loop)
-                return False
-        return True
+                return 0
+            return 1
+        return min(queue.size - self._in_flight[index], MAX_MERGED)
 
     def _come_back(self, index: int, delay: float, loop: EventLoop) -> None:
         if self._timers[index] is not None:
@@ -170,90 +154,139 @@ class VirtioBlock(VirtioDevice):
     def _drain(self, index: int, queue: Virtqueue) -> bool:
         if self._asynchronous and self._engine is None:
             self._open_engine()
+        queue.disable_notifications()
+        left = queue.size
         try:
-            return super()._drain(index, queue)
+            while left > 0:
+                room = self._room(index, queue)
+                if not room:
+                    return False
+                chains = queue.pop_batch(room)
+                if chains:
+                    left -= len(chains)
+                    self._serve(index, queue, chains)
+                elif queue.enable_notifications():
+                    left -= 1
+                else:
+                    return False
+            return True
         finally:
             if self._engine is not None:
                 self._engine.kick()
 
-    def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int | None:
-        if chain.readable_length < _HEADER.size or chain.writable_length < 1:
-            raise GuestError(self.name, f"a request of {chain.readable_length} readable and {chain.writable_length} writable "
-                             "bytes has no header or no status", "VIRTIO 1.2, 5.2.6")
-        if self._buckets:
-            self._buckets[index].pour()
-        readable, writable = chain.readable, chain.writable
-        if len(readable[0]) == _HEADER_SIZE and len(writable[-1]) == 1:  # a descriptor each, as drivers lay them out
-            kind, _, sector = _HEADER.unpack(readable[0])
-            data_out, data_in, status = readable[1:], writable[:-1], writable[-1:]
-        else:
-            header, data_out = split(readable, _HEADER_SIZE)
-            data_in, status = split(writable, chain.writable_length - 1)
-            kind, _, sector = _HEADER.unpack(b"".join(header))
-        if kind == T_GET_ID:
-            written = self._get_id(data_in)
-            status[0][:] = S_OK
-            return written + 1
-        image = self.image
+    def _serve(self, index: int, queue: Virtqueue, chains: list[Chain]) -> None:
+        """Carry out a batch, or give it to the engine. Raises: GuestError, after all before the request that breaks the device
+        have been seen to.
+        """
+        answers: list[tuple[int, int]] = []
+        group: list[DiskRequest] = []  # what is to be done to the image, all of one kind
+        left = len(chains)
         try:
-            request = self._request(image, kind, sector, chain, data_in, data_out)
-        except _Refused as refusal:
-            status[0][:] = refusal.status
-            return 1
-        request.status = status[0]
-        if self._engine is None:
+            for chain in chains:
+                left -= 1
+                request = self._request(index, queue, chain, answers)
+                if request is None:
+                    continue
+                if group and (group[0].kind != request.kind or request.kind > WRITE):
+                    self._perform(group, answers)
+                    group = []
+                group.append(request)
+        except GuestError:
+            answers.append((chain.head, 0))
+            queue.unpop(left)
+            raise
+        finally:
+            if group:
+                self._perform(group, answers)
+            if answers:
+                queue.push_all(answers)
+
+    def _perform(self, group: list[DiskRequest], answers: list[tuple[int, int]]) -> None:
+        engine, image = self._engine, self.image
+        if engine is not None:
+            self._in_flight[group[0].index] += len(group)
+        transfers: Sequence[Transfer] = merge(group) if len(group) > 1 else group
+        for request in transfers:
+            if engine is not None:
+                engine.submit(request)
+                continue
             try:
                 image.perform(request)
             except HostError as error:
                 request.error = error
-            return self._answer(request)
-        request.index, request.queue, request.head = index, queue, chain.head
-        self._in_flight[index] += 1
-        self._engine.submit(request)
-        return None
+            if isinstance(request, MergedRequest) and request.error is not None:  # which of them?
+                for part in request.parts:
+                    self._perform([part], answers)
+            else:
+                self._answer(request, answers)
 
-    def _request(self, image: RawImage, kind: int, sector: int, chain: Chain, data_in: list[memoryview],
-                 data_out: list[memoryview]) -> _DiskRequest:
-        """What the driver asks for. Raises: _Refused."""
+    def _request(self, index: int, queue: Virtqueue, chain: Chain, answers: list[tuple[int, int]]) -> DiskRequest | None:
+        """What the driver asks of the image; None when that has its answer already. Raises: GuestError."""
+        kind, sector, data_in, data_out, status = parse(self.name, chain)
+        if self._buckets:
+            self._buckets[index].pour()
         if kind == T_IN:
             length = chain.writable_length - 1
-            return _DiskRequest(READ, data_in, self._position(sector, length), length, length)
-        length = chain.readable_length - _HEADER.size
+            if not length % SECTOR_SIZE and sector + length // SECTOR_SIZE <= self.sectors:
+                return DiskRequest(READ, data_in, sector * SECTOR_SIZE, length, length, chain.head, status, index, queue)
+        elif kind == T_GET_ID:
+            status[0] = S_OK
+            answers.append((chain.head, self._get_id(data_in) + 1))
+            return None
+        else:
+            length = chain.readable_length - HEADER_SIZE
+            request = DiskRequest(WRITE, data_out, 0, length, 0, chain.head, status, index, queue)
+            try:
+                self._change(request, kind, sector)
+            except _Refused as refusal:
+                status[0] = refusal.status
+            else:
+                return request
+            answers.append((chain.head, 1))
+            return None
+        status[0] = S_IOERR
+        answers.append((chain.head, 1))
+        return None
+
+    def _change(self, request: DiskRequest, kind: int, sector: int) -> None:
+        """Make a request, of which the data are known, a request of this type. Raises: _Refused."""
+        image = self.image
         if kind == T_OUT:
             if image.readonly:
                 raise _Refused(S_IOERR)
-            request = _DiskRequest(WRITE, data_out, self._position(sector, length), length)
-            if image.detect_zeroes != "off" and length:
+            request.offset = self._position(sector, request.length)
+            if image.detect_zeroes != "off" and request.length:
                 from stratovirt.backends.aio_syscalls import is_zero
 
-                if is_zero(data_out):
+                if is_zero(request.views):
                     request.kind, request.views = WRITE_ZEROES, []
                     request.unmap = image.detect_zeroes == "unmap"
             # a driver that cannot flush expects a write-through disk (5.2.6.2)
             request.durable = not self.driver_features >> F_FLUSH & 1
-            return request
+            return
         if kind == T_FLUSH:
-            return _DiskRequest(FLUSH, [], 0, 0)
+            request.kind, request.views, request.length = FLUSH, [], 0
+            return
         feature = F_DISCARD if kind == T_DISCARD else F_WRITE_ZEROES if kind == T_WRITE_ZEROES else None
         if feature is None or not self.driver_features >> feature & 1 or (kind == T_DISCARD and not image.discards):
             raise _Refused(S_UNSUPP)
         if image.readonly:
             raise _Refused(S_IOERR)
-        return self._range_request(image, kind, data_out, length)
+        self._change_range(request, kind)
 
-    def _range_request(self, image: RawImage, kind: int, data_out: list[memoryview], length: int) -> _DiskRequest:
-        if length != _RANGE.size:  # max_discard_seg and max_write_zeroes_seg are 1
+    def _change_range(self, request: DiskRequest, kind: int) -> None:
+        if request.length != _RANGE.size:  # max_discard_seg and max_write_zeroes_seg are 1
             raise _Refused(S_IOERR)
-        sector, sectors, flags = _RANGE.unpack(b"".join(data_out))
+        sector, sectors, flags = _RANGE.unpack(b"".join(request.views))
         if flags & ~_FLAG_UNMAP or (flags and kind == T_DISCARD):
             raise _Refused(S_UNSUPP)
         if sectors > MAX_RANGE_SECTORS:
             raise _Refused(S_IOERR)
-        size = sectors * SECTOR_SIZE
-        request = _DiskRequest(DISCARD if kind == T_DISCARD else WRITE_ZEROES, [], self._position(sector, size), size)
-        request.unmap = flags == _FLAG_UNMAP and image.discards
+        request.kind, request.views = (DISCARD if kind == T_DISCARD else WRITE_ZEROES), []
+        request.length = sectors * SECTOR_SIZE
+        request.offset = self._position(sector, request.length)
+        request.unmap = flags == _FLAG_UNMAP and self.image.discards
         request.durable = kind == T_WRITE_ZEROES and not self.driver_features >> F_FLUSH & 1
-        return request
 
     def _position(self, sector: int, length: int) -> int:
         """Byte offset of a request on the disk. Raises _Refused unless all of it lies there."""
@@ -268,23 +301,27 @@ class VirtioBlock(VirtioDevice):
             view[: len(part)] = part
         return SERIAL_SIZE - len(rest)
 
-    def _answer(self, request: _DiskRequest) -> int:
-        """Set the status of a finished request; returns how many bytes the driver got."""
-        error, status, kind = request.error, request.status, request.kind
+    def _answer(self, request: Transfer, answers: list[tuple[int, int]]) -> None:
+        """Set the status of a finished request, or of all that it is made of, and note what the driver gets."""
+        error, kind = request.error, request.kind
+        parts: Sequence[DiskRequest] = request.parts if isinstance(request, MergedRequest) else (request,)
         if kind == WRITE_ZEROES:
             kind = WRITE
-        self.operations[kind] += 1
+        self.operations[kind] += len(parts)
         if error is None:
             self.bytes[kind] += request.length
+            for part in parts:
+                part.status[0] = S_OK
+                answers.append((part.head, 1 + part.written))
         else:
-            self.failures[kind] += 1
-        if error is not None and self._on_error is not None:
-            self._on_error(error)
-        if status is not None:
-            status[:] = S_OK if error is None else S_IOERR
-        if request.kind == FLUSH:
+            self.failures[kind] += len(parts)
+            if self._on_error is not None:
+                self._on_error(error)
+            for part in parts:
+                part.status[0] = S_IOERR
+                answers.append((part.head, 1))
+        if kind == FLUSH:
             self._notice_growth()
-        return 1 + (request.written if error is None else 0)
 
     def _notice_growth(self) -> None:
         image = self.image
@@ -337,14 +374,30 @@ class VirtioBlock(VirtioDevice):
 
         Requests of a driver that has reset the disk meanwhile are dropped. Called with `_work` held.
         """
-        touched: set[int] = set()
-        for request in self._engine.reap() if self._engine is not None else ():
-            if not isinstance(request, _DiskRequest):
+        answers: dict[int, list[tuple[int, int]]] = {}
+        engine = self._engine
+        for request in engine.reap() if engine is not None else ():
+            if isinstance(request, MergedRequest):
+                parts = request.parts
+            elif isinstance(request, DiskRequest):
+                parts = [request]
+            else:
                 continue
-            self._in_flight[request.index] -= 1
-            if request.queue is not None and request.queue in self.queues:
-                request.queue.push(request.head, self._answer(request))
-                touched.add(request.index)
+            index = parts[0].index
+            wanted = parts[0].queue in self.queues
+            if wanted and engine is not None and request.error is not None and len(parts) > 1:  # which of them?
+                for part in parts:
+                    engine.submit(part)
+                engine.kick()
+                continue
+            self._in_flight[index] -= len(parts)
+            if wanted:
+                self._answer(request, answers.setdefault(index, []))
+        touched = set(answers)
+        for index, entries in answers.items():
+            queue = self.queues[index]
+            if queue is not None:
+                queue.push_all(entries)
         interrupt = False
         for index in touched:
             queue = self.queues[index]

@@ -41,6 +41,8 @@ DESC_SIZE = 16
 MAX_CHAIN_BYTES = 1 << 32
 
 _DESCRIPTOR = struct.Struct("<QIHH")
+_THREE = struct.Struct("<QIHHQIHHQIHH")
+_THREE_SIZE = _THREE.size
 _USED_ELEMENT = struct.Struct("<II")
 
 _WEAKLY_ORDERED = ARCHITECTURE != "x86_64"
@@ -66,12 +68,13 @@ class Chain:
 
     __slots__ = ("head", "readable", "readable_length", "writable", "writable_length")
 
-    def __init__(self, head: int) -> None:
+    def __init__(self, head: int, readable: list[memoryview], readable_length: int, writable: list[memoryview],
+                 writable_length: int) -> None:
         self.head = head
-        self.readable: list[memoryview] = []
-        self.writable: list[memoryview] = []
-        self.readable_length = 0
-        self.writable_length = 0
+        self.readable = readable
+        self.readable_length = readable_length
+        self.writable = writable
+        self.writable_length = writable_length
 
 
 def split(views: list[memoryview], length: int) -> tuple[list[memoryview], list[memoryview]]:
@@ -97,8 +100,8 @@ class Virtqueue:
 
     __slots__ = (
         "_avail16", "_avail_index", "_desc_base", "_desc_ram", "_event_idx", "_indirect", "_last_signalled", "_memory",
-        "_next_avail", "_next_used", "_used16", "_used_index", "_used_offset", "_used_ram", "avail_ring", "descriptor_table",
-        "name", "size", "used_ring",
+        "_next_avail", "_next_used", "_used16", "_used32", "_used_index", "_used_offset", "_used_ram", "avail_ring",
+        "descriptor_table", "name", "size", "used_ring",
     )
 
     def __init__(self, name: str, memory: GuestMemory, size: int, descriptor_table: int, avail_ring: int, used_ring: int,
@@ -119,6 +122,7 @@ class Virtqueue:
         region = memory.region(used_ring, 6 + 8 * size)
         self._used_ram, self._used_offset = region.u8, used_ring - region.base
         self._used16, self._used_index = region.u16, (used_ring - region.base) >> 1
+        self._used32 = region.u32
         self._next_avail = 0
         self._next_used = 0
         self._last_signalled = 0
@@ -162,9 +166,7 @@ class Virtqueue:
         for number in outstanding(self.size, made_available, used, head, returned):
             if number >= self.size:
                 raise self._broken(f"the available ring names descriptor {number} of {self.size}", "2.7.6")
-            chain = Chain(number)
-            self._walk(chain)
-            chains.append(chain)
+            chains.append(self._walk(number))
         return chains
 
     # -- from the driver
@@ -181,17 +183,89 @@ class Virtqueue:
         if head >= self.size:
             raise self._broken(f"the available ring names descriptor {head} of {self.size}", "2.7.6")
         self._next_avail = (self._next_avail + 1) & 0xFFFF
-        chain = Chain(head)
         try:
-            self._walk(chain)
+            return self._walk(head)
         except GuestError:
             self.push(head, 0)
             raise
-        return chain
 
-    def _walk(self, chain: Chain) -> None:
+    def pop_batch(self, limit: int) -> list[Chain]:
+        """Up to `limit` chains that the driver made available, in order; none when there are none.
+
+        A malformed chain ends the batch that comes before it, and is the error of the next call: who calls until there are no
+        more has served what can be served. `unpop` takes back what was not begun.
+        """
+        start = self._next_avail
+        pending = self._announced() if limit > 0 else 0
+        avail, first, size, batch = self._avail16, self._avail_index + 2, self.size, list[Chain]()
+        for number in range(start, start + min(pending, limit)):
+            head = avail[first + number % size]
+            try:
+                if head >= size:
+                    raise self._broken(f"the available ring names descriptor {head} of {size}", "2.7.6")
+                batch.append(self._three(head) or self._walk(head))
+            except GuestError:
+                if batch:
+                    break  # it is still there
+                if head < size:
+                    self._next_avail = (start + 1) & 0xFFFF
+                    self.push(head, 0)
+                raise
+        self._next_avail = (start + len(batch)) & 0xFFFF
+        return batch
+
+    def unpop(self, count: int) -> None:
+        """The last `count` chains that were popped were not begun: they are the driver's again, to be popped."""
+        self._next_avail = (self._next_avail - count) & 0xFFFF
+
+    def _announced(self) -> int:
+        """How many chains are available that were not popped. Their entries may be read when this returns."""
+        pending = (self._avail16[self._avail_index + 1] - self._next_avail) & 0xFFFF
+        if pending > self.size:
+            raise self._broken(f"avail.idx is {pending} ahead in a queue of {self.size}", "2.7.13")
+        return pending
+
+    def _three(self, head: int) -> Chain | None:
+        """A chain of the shape that nearly all requests of disks have: three descriptors in a row, in the queue's table or in
+        one of their own, the last one writable. They are read at once; None: it has another shape, or breaks a rule.
+        """
+        index, ram, memory = head, self._desc_ram, self._memory
+        at = self._desc_base + DESC_SIZE * head
+        address, length, flags, _ = _DESCRIPTOR.unpack_from(ram, at)
+        if flags == DESC_F_INDIRECT:
+            if length != _THREE_SIZE or not self._indirect or self.size < 3:
+                return None
+            region = memory.region(address, _THREE_SIZE)
+            index, ram, at = 0, region.u8, address - region.base
+        elif head + 3 > self.size:
+            return None
+        (address, length, flags, following, address2, length2, flags2, following2,
+         address3, length3, flags3, _) = _THREE.unpack_from(ram, at)
+        if (flags != DESC_F_NEXT or following != index + 1 or flags2 | DESC_F_WRITE != DESC_F_NEXT | DESC_F_WRITE
+                or following2 != index + 2 or flags3 != DESC_F_WRITE or not (length and length2 and length3)
+                or length + length2 + length3 > MAX_CHAIN_BYTES):
+            return None
+        region = memory.last
+        base, end, ram = region.base, region.end, region.u8
+        if (address < base or address2 < base or address3 < base or address + length > end or address2 + length2 > end
+                or address3 + length3 > end):
+            return None
+        address -= base
+        address2 -= base
+        address3 -= base
+        if flags2 == DESC_F_NEXT:
+            return Chain(head, [ram[address : address + length], ram[address2 : address2 + length2]], length + length2,
+                         [ram[address3 : address3 + length3]], length3)
+        return Chain(head, [ram[address : address + length]], length,
+                     [ram[address2 : address2 + length2], ram[address3 : address3 + length3]], length2 + length3)
+
+    def _walk(self, head: int) -> Chain:
+        """A chain of any shape. Raises: GuestError."""
         table, base, count = self._desc_ram, self._desc_base, self.size
-        index, seen, total, indirect = chain.head, 0, 0, False
+        index, seen, total, indirect = head, 0, 0, False
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        readable_length = 0
         while True:
             address, length, flags, following = _DESCRIPTOR.unpack_from(table, base + DESC_SIZE * index)
             if flags & DESC_F_INDIRECT:
@@ -215,15 +289,14 @@ class Virtqueue:
                 raise self._broken("a chain of more than 4 GiB", "2.7.5.2")
             view = self._memory.slice(address, length)
             if flags & DESC_F_WRITE:
-                chain.writable.append(view)
-                chain.writable_length += length
-            elif chain.writable:
+                writable.append(view)
+            elif writable:
                 raise self._broken("a device-readable descriptor after a device-writable one", "2.7.4.2")
             else:
-                chain.readable.append(view)
-                chain.readable_length += length
+                readable.append(view)
+                readable_length = total
             if not flags & DESC_F_NEXT:
-                return
+                return Chain(head, readable, readable_length, writable, total - readable_length)
             if following >= count:
                 raise self._broken(f"a chain goes on at descriptor {following} of {count}", "2.7.5")
             index = following
@@ -232,19 +305,25 @@ class Virtqueue:
 
     def push(self, head: int, written: int) -> None:
         """Return a chain of which `written` bytes were filled in."""
-        slot = self._used_offset + 4 + 8 * (self._next_used % self.size)
-        _USED_ELEMENT.pack_into(self._used_ram, slot, head, written)
+        words, slot = self._used32, (self._used_offset >> 2) + 1 + 2 * (self._next_used % self.size)
+        words[slot] = head
+        words[slot + 1] = written
         self._next_used = (self._next_used + 1) & 0xFFFF
         self._used16[self._used_index + 1] = self._next_used
 
     def push_all(self, entries: list[tuple[int, int]]) -> None:
         """Return several chains, (head, written) each, with one store of the index: the driver sees all of them or none."""
-        index = self._next_used
+        self._fill(entries)
+        self._used16[self._used_index + 1] = self._next_used
+
+    def _fill(self, entries: list[tuple[int, int]]) -> None:
+        words, first, index, size = self._used32, (self._used_offset >> 2) + 1, self._next_used, self.size
         for head, written in entries:
-            _USED_ELEMENT.pack_into(self._used_ram, self._used_offset + 4 + 8 * (index % self.size), head, written)
-            index = (index + 1) & 0xFFFF
-        self._next_used = index
-        self._used16[self._used_index + 1] = index
+            slot = first + 2 * (index % size)
+            words[slot] = head
+            words[slot + 1] = written
+            index += 1
+        self._next_used = index & 0xFFFF
 
     def needs_interrupt(self) -> bool:
         """Does the driver want to hear about what was pushed since the last call?"""
@@ -293,17 +372,19 @@ class OrderedVirtqueue(Virtqueue):
         self.barrier()
         return super().pop()
 
+    def _announced(self) -> int:
+        pending = super()._announced()
+        if pending:
+            self.barrier()
+        return pending
+
     def push(self, head: int, written: int) -> None:
         self.push_all([(head, written)])
 
     def push_all(self, entries: list[tuple[int, int]]) -> None:
-        index = self._next_used
-        for head, written in entries:
-            _USED_ELEMENT.pack_into(self._used_ram, self._used_offset + 4 + 8 * (index % self.size), head, written)
-            index = (index + 1) & 0xFFFF
-        self._next_used = index
+        self._fill(entries)
         self.barrier()  # the entries before the index; what was written into the buffers, too
-        self._used16[self._used_index + 1] = index
+        self._used16[self._used_index + 1] = self._next_used
 
 
 if not TYPE_CHECKING and _WEAKLY_ORDERED:
