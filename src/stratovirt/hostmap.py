@@ -235,6 +235,11 @@ def address_of(buffer: bytearray) -> tuple[int, object]:
     return _ctypes.addressof(anchor), anchor
 
 
+def address_of_view(view: memoryview) -> int:
+    """Where a writable view begins. It is valid for as long as what the view is of."""
+    return _ctypes.addressof(_Byte.from_buffer(view))
+
+
 def syscall(number: int, *arguments: int) -> int:
     """A system call by its number. Raises: OSError."""
     result = _libc_syscall(_Word(number), *map(_Word, arguments))

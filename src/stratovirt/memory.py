@@ -13,6 +13,22 @@ from __future__ import annotations
 from stratovirt.errors import GuestError
 from stratovirt.hostmap import HostMapping
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Tracker(Protocol):
+        """Counts which pages are written (`snapshot/dirty.py`). Thread: any."""
+
+        def writable(self, address: int, length: int) -> memoryview: ...
+
+        def mark(self, address: int, length: int) -> None: ...
+
+        def lose(self, why: str) -> None: ...
+
+        @property
+        def vhost_log(self) -> int: ...
+
 
 class RamRegion:
     """One contiguous run of RAM: `base` .. `base + size` in guest-physical addresses, `host` behind it.
@@ -48,6 +64,11 @@ class GuestMemory:
         self.regions = regions
         self.last = regions[0]
         self.size = sum(region.size for region in regions)
+        self.tracker: Tracker | None = None
+        self.writable = self.slice
+        """`slice`, for somebody who is going to write there: every write of this process, or of others through the view, comes
+        this way or is told to the `tracker`.
+        """
         self.shared = regions[0].shared  # one file, or none, is behind all of them
         self.page_size = regions[0].host.page_size
 
@@ -62,6 +83,11 @@ class GuestMemory:
                 return region
         raise GuestError("memory", f"[{address:#x}, +{length:#x}) is not RAM")
 
+    def track(self, tracker: Tracker | None) -> None:
+        """Let `tracker` know from now on what is written, or nobody."""
+        self.tracker = tracker
+        self.writable = self.slice if tracker is None else tracker.writable
+
     def slice(self, address: int, length: int) -> memoryview:
         """Guest RAM at [address, address + length) as a writable view: no copy."""
         region = self.last  # `region` once more: a call less for each descriptor
@@ -75,7 +101,7 @@ class GuestMemory:
         return bytes(self.slice(address, length))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        self.slice(address, len(data))[:] = data
+        self.writable(address, len(data))[:] = data
 
     def load_u16(self, address: int) -> int:
         region = self.region(address, 2)
@@ -88,6 +114,8 @@ class GuestMemory:
         if address & 1:
             raise GuestError("memory", f"{address:#x} is not 2-byte aligned")
         region.u16[(address - region.base) >> 1] = value
+        if self.tracker is not None:
+            self.tracker.mark(address, 2)
 
     def load_u32(self, address: int) -> int:
         region = self.region(address, 4)
@@ -100,6 +128,8 @@ class GuestMemory:
         if address & 3:
             raise GuestError("memory", f"{address:#x} is not 4-byte aligned")
         region.u32[(address - region.base) >> 2] = value
+        if self.tracker is not None:
+            self.tracker.mark(address, 4)
 
     def load_u64(self, address: int) -> int:
         region = self.region(address, 8)
@@ -112,3 +142,5 @@ class GuestMemory:
         if address & 7:
             raise GuestError("memory", f"{address:#x} is not 8-byte aligned")
         region.u64[(address - region.base) >> 3] = value
+        if self.tracker is not None:
+            self.tracker.mark(address, 8)

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from kvm.conftest import SOURCE, Program
-from kvm.guests import DATA
+from kvm.guests import DATA, Asm
 from kvm.memories import KINDS, arguments
 from kvm.test_snapshot import MARK, RNG, TICKS, connect, counter, serial, spoil
 from stratovirt.errors import StratoVirtError
+from stratovirt.hypervisor.kvm import _uapi as uapi
 from stratovirt.snapshot import difference, state_file
 from stratovirt.snapshot.chain import Chain
 
@@ -87,6 +88,76 @@ def test_into_every_kind_of_memory(three, machine, kind) -> None:
     go_on(again)
 
 
+# -- with what is written counted
+
+
+BASE, PAGES = 0x100_0000, 1024
+
+
+def scribbler() -> bytes:
+    """Adds one to a word in each of so many pages, over and over, and counts the rounds in the timer's place."""
+    asm = Asm().set_stack().store(MARK, 0x5EED).text("up\n")
+    again = asm.label()
+    asm.mov(7, BASE)
+    inner = asm.label()
+    asm.raw(b"\xff\x07", b"\x81\xc7", (4096).to_bytes(4, "little"))  # inc dword [edi]; add edi, 4096
+    asm.raw(b"\x81\xff", (BASE + PAGES * 4096).to_bytes(4, "little")).jb(inner)  # cmp edi, the end
+    asm.inc(TICKS).load_eax(TICKS).raw(0x25, b"\xff\x0f\0\0").cmp_eax(0).jnz(again).text(".").jmp(again)
+    return asm.kernel()
+
+
+@pytest.mark.parametrize("manual", [True, False])
+@pytest.mark.parametrize("kind", ["anonymous", "mem-share", "file"])
+def test_what_is_counted_is_all_that_changes(machine, tmp_path, monkeypatch, kind, manual) -> None:
+    if not manual:  # as on a KVM whose log is cleared by reading it
+        monkeypatch.setattr(uapi, "KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE", 0)
+    compared: list[object] = []
+    real = difference.from_memory
+    monkeypatch.setattr(difference, "from_memory", lambda *words: compared.append(words) or real(*words))
+    guest = machine(scribbler(), *serial(tmp_path / "out"), *RNG, *arguments(kind, tmp_path)).start()
+
+    def diff(name: str, base: str) -> int:
+        """What it wrote; and a whole one of the same moment has the same memory."""
+        guest.vm.snapshot(str(tmp_path / name), str(tmp_path / base))
+        state = state_file.read(str(tmp_path / name))
+        guest.vm.snapshot(str(tmp_path / f"all-{name}"))
+        assert differing(tmp_path / name, tmp_path / f"all-{name}") == []
+        return sum(state["base"]["ranges"][1::2]) // 4096
+
+    go_on(guest)
+    guest.vm.snapshot(str(tmp_path / "a"), track=True)
+    assert guest.vm.dirty.written() == []
+    go_on(guest)
+    guest.memory.store_u32(FAR, 1)
+    written = diff("b", "a")
+    assert PAGES < written < PAGES + 16 and not compared
+    go_on(guest)
+    assert diff("c", "all-b") in range(PAGES, PAGES + 16) and not compared
+    before = guest.vm.dirty.since
+    go_on(guest)
+    with monkeypatch.context() as patched, pytest.raises(StratoVirtError):
+        patched.setattr(os, "fdatasync", lambda fd: os.close(-1))
+        guest.vm.snapshot(str(tmp_path / "failed"), str(tmp_path / "all-c"))
+    assert guest.vm.dirty.since == before
+    guest.vm.pause()
+    # what was read from KVM for a snapshot that failed is not forgotten
+    assert diff("d", "all-c") in range(PAGES, PAGES + 16) and not compared
+    go_on(guest)
+    diff("e", "a")  # of an older base nobody has counted
+    assert len(compared) == 1
+    go_on(guest)
+    guest.vm.reset(False)
+    go_on(guest)
+    guest.vm.snapshot(str(tmp_path / "f"), str(tmp_path / "all-e"))
+    assert len(compared) == 2, "nor through a reset"
+    guest.vm.snapshot(str(tmp_path / "g"), str(tmp_path / "f"))
+    assert len(compared) == 2 and state_file.read(str(tmp_path / "g"))["base"]["ranges"][1::2] in ([], [4096], [8192])
+    guest.vm.snapshot(str(tmp_path / "h"), track=False)
+    guest.vm.snapshot(str(tmp_path / "i"), str(tmp_path / "h"))
+    assert len(compared) == 3
+    go_on(guest)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda folder: shutil.rmtree(folder / "a"), "no such directory"),
     "truncated": (lambda folder: os.truncate(folder / "b" / "memory", 5 << 20), "it is not whole"),
@@ -129,15 +200,17 @@ def test_over_qmp_and_behind_the_filters(launch, tmp_path) -> None:
     first.wait_for("up\n")
     client = connect(tmp_path / "qmp")
     assert client.ask("migrate", uri=f"file:{tmp_path / 'a'}") == {}
-    for name, base in (("b", "a"), ("c", "b")):
+    for name, base, track in (("b", "a", True), ("c", "b", None), ("c2", "c", False)):
         client.ask("cont")
         first.wait_for(".")
-        assert client.ask("migrate", uri=f"file:{tmp_path / name}", base=str(tmp_path / base)) == {}
+        more = {} if track is None else {"track": track}
+        assert client.ask("migrate", uri=f"file:{tmp_path / name}", base=str(tmp_path / base), **more) == {}
+    assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", track=1)["desc"].startswith("invalid type: `track`")
     assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", base="/nowhere")["desc"].startswith("the base /nowhere: ")
     assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", base="")["desc"] == "invalid value: `base` must be a directory"
     assert client.ask("migrate", uri=f"file:{tmp_path / 'd'}", base=5)["desc"].startswith("invalid type: `base`")
     client.close()
-    second = Program(["-machine", "microvm", "-m", "128", "-serial", "stdio", *RNG, "-incoming", f"file:{tmp_path / 'c'}"])
+    second = Program(["-machine", "microvm", "-m", "128", "-serial", "stdio", *RNG, "-incoming", f"file:{tmp_path / 'c2'}"])
     try:
         for _ in range(3):
             assert second.wait_for(".") == "."

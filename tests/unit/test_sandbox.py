@@ -205,7 +205,7 @@ PER_KIND = [
         (5, 1, WRONLY | APPEND | CREAT | CLOEXEC | NOCTTY), (AT_FDCWD, 1, WRONLY | CREAT | CLOEXEC | NOCTTY),
         (AT_FDCWD, 1, RDWR | APPEND | CREAT | CLOEXEC | NOCTTY)]),
     (MAIN, "accept4", (5, 0, 0, CLOEXEC), [(5, 0, 0, 0)]),
-    (MAIN, "ioctl", (5, kvm.KVM_CREATE_VM, 0), [(5, kvm.KVM_RUN), (5, 0x5412), (5, kvm.KVM_SET_USER_MEMORY_REGION)]),
+    (MAIN, "ioctl", (5, kvm.KVM_CREATE_VM, 0), [(5, kvm.KVM_RUN), (5, 0x5412), (5, kvm.KVM_SET_TSC_KHZ)]),
     (MAIN, "ioctl", (5, tap.TUNSETIFF, 0), [(5, 0x400454CB), (5, 0x5413)]),  # TUNSETPERSIST, TIOCGWINSZ
 ]
 

@@ -39,6 +39,7 @@ GET_FEATURES, SET_FEATURES = 2 << 30 | 8 << 16 | 0xAF00, 1 << 30 | 8 << 16 | 0xA
 SET_OWNER, SET_MEM_TABLE = 0xAF01, 1 << 30 | 8 << 16 | 0xAF03
 VRING_NUM, VRING_ADDR, VRING_BASE = (1 << 30 | size << 16 | 0xAF00 | nr for size, nr in ((8, 0x10), (40, 0x11), (8, 0x12)))
 VRING_KICK, VRING_CALL, VRING_ERR = (1 << 30 | 8 << 16 | 0xAF00 | nr for nr in (0x20, 0x21, 0x22))
+GET_VRING_BASE = 3 << 30 | 8 << 16 | 0xAF12
 SET_GUEST_CID, SET_RUNNING = 1 << 30 | 8 << 16 | 0xAF60, 1 << 30 | 4 << 16 | 0xAF61
 
 
@@ -48,6 +49,7 @@ class Kernel:
     def __init__(self) -> None:
         self.calls: list[tuple[int, bytes]] = []
         self.refuse: dict[int, int] = {}
+        self.bases: dict[int, int] = {}  # how far it has come in a ring, where that is not 0
 
     def __call__(self, fd: int, request: int, argument: bytes | bytearray | int) -> int:
         if request in self.refuse:
@@ -55,6 +57,10 @@ class Kernel:
         if request == GET_FEATURES:
             assert isinstance(argument, bytearray)
             argument[:] = KERNEL_FEATURES.to_bytes(8, "little")
+        if request == GET_VRING_BASE:
+            assert isinstance(argument, bytearray)
+            (index,) = struct.unpack_from("<I", argument)
+            struct.pack_into("<I", argument, 4, self.bases.get(index, 0))
         self.calls.append((request, b"" if isinstance(argument, int) else bytes(argument)))
         return 0
 

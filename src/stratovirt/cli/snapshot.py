@@ -56,6 +56,8 @@ def _parser() -> _Parser:
     create.add_argument("--qmp", required=True, metavar="SOCKET", help="the machine: PATH, unix:PATH or tcp:HOST:PORT")
     create.add_argument("--diff", action="store_true", help="of the memory only what differs from --base")
     create.add_argument("--base", metavar="DIR", help="an earlier snapshot of this machine, which a restore then needs, too")
+    create.add_argument("--track", action=argparse.BooleanOptionalAction,
+                        help="count from here on what is written, so that the next --diff need not compare all memory")
     create.add_argument("--paused", action="store_true", help="leave the machine paused")
     create.add_argument("--timeout", type=_seconds, default=_TIMEOUT, metavar="SECONDS",
                         help=f"how long to wait for the machine (default {_TIMEOUT:g})")
@@ -96,7 +98,9 @@ def _create(options: argparse.Namespace) -> int:
         raise ConfigError("--base DIR is missing" if options.diff else "--diff is missing", option="snapshot create",
                           accepted="--diff --base DIR, or neither")
     directory = os.path.abspath(options.directory)
-    more = {"base": os.path.abspath(options.base)} if options.diff else {}
+    more: dict[str, object] = {"base": os.path.abspath(options.base)} if options.diff else {}
+    if options.track is not None:
+        more["track"] = options.track
     with QmpClient(options.qmp) as client:
         was_running = bool(client.execute("query-status", options.timeout).get("running"))
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stratovirt.control.protocol import QmpError
 from stratovirt.control.table import Command
-from stratovirt.control.types import STR, Enum, Member, record
+from stratovirt.control.types import BOOL, STR, Enum, Member, record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def _migrate(machine: MachineView, arguments: dict[str, Any]) -> object:
     base = arguments.get("base")
     if base is not None and (not base or "\0" in base):
         raise QmpError("invalid value: `base` must be a directory")
-    machine.snapshot(rest, base)
+    machine.snapshot(rest, base, arguments.get("track"))
     return {}
 
 
@@ -40,7 +40,9 @@ COMMANDS = (
             arguments=(
                 Member("uri", STR, "Where to: file:DIR. A microVM takes neither unix:PATH nor tcp:IP:PORT."),
                 Member("base", STR, "A directory with an earlier snapshot of this machine: the memory file then has what "
-                       "differs from that, and a restore needs both.", optional=True)),
+                       "differs from that, and a restore needs both.", optional=True),
+                Member("track", BOOL, "Count from here on which pages are written, so that the next one with this as its base "
+                       "need not compare all memory; or do not any more.", optional=True)),
             strict=False),
     Command("query-migrate", _query_migrate, "How the last snapshot went.",
             returns=record({"status": Enum("none", "active", "completed", "failed")})),

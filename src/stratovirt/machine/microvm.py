@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from stratovirt.machine.kvm import Accelerator, KvmAhead
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.machine.snapshot import Incoming
+    from stratovirt.snapshot.dirty import DirtyPages
     from stratovirt.virtio.balloon import VirtioBalloon
 
 _BOOT_PHASES = {1: "the kernel has started", 2: "the boot is complete"}
@@ -64,6 +65,7 @@ class MicroVm(Lifecycle):
         self.boot: Boot | None = None
         self.migration = "none"  # how the last one went, as query-migrate says it
         self.lineage: set[str] = set()  # ids of the snapshots that it was saved in or restored from
+        self.dirty: DirtyPages | None = None  # what is written, once somebody wants it counted
         self._incoming: Incoming | None = None
         self._make_boot: Callable[[], Boot] | None = None  # of a restored machine, which needs it for a reset only
         self._hotplug: HotPlug | None = None
@@ -216,16 +218,17 @@ class MicroVm(Lifecycle):
             except ConfigError as error:
                 log.error(f"{error}; a reset will end this machine")
 
-    def snapshot(self, directory: str, base: str | None = None) -> None:
+    def snapshot(self, directory: str, base: str | None = None, track: bool | None = None) -> None:
         """Save the machine into `directory` and leave it paused; of its memory what differs from the snapshot in `base`.
 
+        `track`: count from here on what is written, or do not; None: as it is.
         Raises: StateError, SnapshotError, HostError; it is then as it was.
         """
         from stratovirt.machine import snapshot
 
         self.migration = "active"
         try:
-            snapshot.take(self, directory, base)
+            snapshot.take(self, directory, base, track)
             self.migration = "completed"
         finally:
             if self.migration == "active":
@@ -253,6 +256,8 @@ class MicroVm(Lifecycle):
 
     def reset_hardware(self) -> None:
         self._asked = None  # whatever it was, the guest that wanted it is gone
+        if self.dirty is not None:
+            self.dirty.lose("a reset")
         for occupied in self.slots:
             occupied.transport.reset()
         if self.platform is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 
 from stratovirt import log
-from stratovirt.errors import ConfigError, StateError, StratoVirtError
+from stratovirt.errors import ConfigError, HostError, StateError, StratoVirtError
 from stratovirt.hostmap import ARCHITECTURE
 from stratovirt.machine.board import layout
 from stratovirt.machine.drivers import BLOCK, NET
@@ -22,6 +22,7 @@ from stratovirt.machine.kvm import KvmAccelerator
 from stratovirt.machine.lifecycle import PAUSED, RUNNING
 from stratovirt.snapshot import difference, memory_file, state_file
 from stratovirt.snapshot.chain import MAX_LINKS, Chain, check_place, coarsen, describe_base
+from stratovirt.snapshot.dirty import DirtyPages
 from stratovirt.snapshot.saved import Saved, SnapshotError
 
 TYPE_CHECKING = False
@@ -32,14 +33,17 @@ if TYPE_CHECKING:
     from stratovirt.machine.microvm import MicroVm
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.memory import RamRegion
+    from stratovirt.snapshot.chain import Ranges
+    from stratovirt.virtio.device import VirtioDevice
 
 _ARCHITECTURES = ("x86_64",)
 _EMPTY_KINDS = {"virtio-blk": BLOCK, "virtio-net": NET}  # devices that wait in replaceable slots, by their names
 
 
-def take(machine: MicroVm, directory: str, base: str | None = None) -> None:
+def take(machine: MicroVm, directory: str, base: str | None = None, track: bool | None = None) -> None:
     """Write a snapshot of `machine` into `directory`, and leave it paused; with `base`, what differs from the one there.
 
+    `track`: count from here on what is written, or do not; None: as it is.
     Raises: StateError, SnapshotError, HostError; the machine is then as it was.
     """
     if machine.state not in (RUNNING, PAUSED):
@@ -53,10 +57,13 @@ def take(machine: MicroVm, directory: str, base: str | None = None) -> None:
         raise SnapshotError("a device whose back end is another process (vhost-user) cannot be saved")
     chain = _open_base(machine, base, directory) if base is not None else None
     try:
-        _write(machine, accelerator, machine.platform, directory, chain)
+        id = _write(machine, accelerator, machine.platform, directory, chain, track)
     finally:
         if chain is not None:
             chain.close()
+    machine.lineage.add(id)
+    _count_from(machine, id)
+    log.info(f"snapshot {id} is in {directory}")
 
 
 def _open_base(machine: MicroVm, base: str, directory: str) -> Chain:
@@ -81,7 +88,8 @@ def _open_base(machine: MicroVm, base: str, directory: str) -> Chain:
 
 
 def _write(machine: MicroVm, accelerator: KvmAccelerator, platform: PlatformDevices, directory: str,
-           chain: Chain | None) -> None:
+           chain: Chain | None, track: bool | None) -> str:
+    """The id of the snapshot."""
     writer = state_file.Writer(directory)
     was_running = machine.state == RUNNING
     try:
@@ -99,20 +107,63 @@ def _write(machine: MicroVm, accelerator: KvmAccelerator, platform: PlatformDevi
             "slots": [_save_slot(occupied) for occupied in machine.slots],
         }
         regions = machine.memory.regions
-        ranges = coarsen(difference.from_memory(chain, regions)) if chain is not None else None
+        ranges = coarsen(_changed(machine, chain)) if chain is not None else None
         if chain is not None and ranges is not None:
             state["base"] = describe_base(chain, directory, ranges)
         offsets = memory_file.write(writer.memory_fd, regions, id, ranges)
         state["memory"] = [{"base": region.base, "size": region.size, "offset": offset}
                            for region, offset in zip(regions, offsets, strict=True)]
+        _track(machine, accelerator, track)
         writer.commit(state)
     except (StratoVirtError, OSError):
         writer.abandon()
         if was_running:
             machine.resume()
         raise
-    machine.lineage.add(id)
-    log.info(f"snapshot {id} is in {directory}")
+    return id
+
+
+def _changed(machine: MicroVm, chain: Chain) -> Ranges:
+    """The ranges of the memory file in which RAM differs, or may differ, from what `chain` has."""
+    dirty = machine.dirty
+    if dirty is not None and dirty.since == chain.links[0].id:
+        return dirty.written()
+    return difference.from_memory(chain, machine.memory.regions)
+
+
+def _track(machine: MicroVm, accelerator: KvmAccelerator, wanted: bool | None) -> None:
+    """Have what is written counted from here on, or not any more. Raises: HostError."""
+    if wanted:
+        if machine.dirty is None:
+            from stratovirt.hypervisor.kvm.dirty_log import DirtyLog
+
+            machine.dirty = DirtyPages(machine.memory, DirtyLog(accelerator.vm))
+        machine.dirty.start()
+    elif wanted is False and machine.dirty is not None:
+        machine.dirty.stop()
+
+
+def _count_from(machine: MicroVm, id: str) -> None:
+    """The snapshot is on disk: what is written from here on differs from it."""
+    dirty = machine.dirty
+    if dirty is None or not dirty.running:
+        return
+    try:
+        dirty.begin(id)
+    except HostError as error:
+        log.warn(f"{error}; the next incremental snapshot compares memory")
+        return
+    count_devices(dirty, [occupied.device for occupied in machine.slots])
+
+
+def count_devices(dirty: DirtyPages, devices: list[VirtioDevice]) -> None:
+    """Count as written what they may write without another word: the used rings of their queues, the buffers they hold."""
+    for device in devices:
+        for queue in device.queues:
+            if queue is not None:
+                dirty.mark(queue.used_ring, queue.used_size)
+        for view in device.outstanding():
+            dirty.mark_view(view)
 
 
 def _describe(config: VmConfig) -> dict[str, object]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     Ioctl = Callable[[int, int, bytes | bytearray | int], object]
 
 
+_F_LOG_ALL = 1 << 26
+
+
 def _ioctl(fd: int, request: int, argument: bytes | bytearray | int) -> object:
     return fcntl.ioctl(fd, request, argument)
 
@@ -80,6 +83,13 @@ class KernelVhost:
     # -- at every activation
 
     def set_features(self, features: int) -> None:
+        """What the driver chose. Where writes are counted the kernel keeps its log of them: of buffers, as it does; used rings
+        are counted by whoever makes a queue.
+        """
+        tracker = self.memory.tracker
+        if tracker is not None:
+            self.call("VHOST_SET_LOG_BASE", uapi.VHOST_SET_LOG_BASE, struct.pack("<Q", tracker.vhost_log))
+            features |= _F_LOG_ALL
         self.call("VHOST_SET_FEATURES", uapi.VHOST_SET_FEATURES, struct.pack("<Q", features))
 
     def set_ring(self, index: int, size: int, descriptor_table: int, avail_ring: int, used_ring: int, kick_fd: int,

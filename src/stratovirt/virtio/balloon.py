@@ -144,9 +144,11 @@ class VirtioBalloon(VirtioDevice):
                 self._release(view)
             return 0
         for first, count in self._frames(chain):
-            view = self._memory.slice(first << PAGE_SHIFT, count << PAGE_SHIFT)  # GuestError when it is not RAM
+            part = first << PAGE_SHIFT, count << PAGE_SHIFT
             if index == INFLATE:
-                self._release(view)
+                self._release(self._memory.writable(*part))  # it will read as zero
+            else:
+                self._memory.slice(*part)  # GuestError when it is not RAM
         return 0
 
     def _follow(self, chain: Chain) -> None:

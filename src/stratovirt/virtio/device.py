@@ -115,6 +115,10 @@ class VirtioDevice:
 
     # -- snapshots, in a machine that stands still
 
+    def outstanding(self) -> list[memoryview]:
+        """Parts of RAM that it holds and may still write, although it was taken from its queue before this."""
+        return []
+
     def save(self) -> dict[str, object]:
         """What a snapshot keeps of it, beside what the transport has. Called after `pause`. Raises: HostError."""
         return {}

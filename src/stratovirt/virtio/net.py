@@ -174,6 +174,11 @@ class VirtioNet(VirtioDevice):
             for pair in self.pairs:
                 pair.receiver.drop_stale_frames()
 
+    def outstanding(self) -> list[memoryview]:
+        """Buffers for frames to come, which receivers keep at hand."""
+        with self._work:
+            return [view for pair in self._pairs.all for chain in pair.receiver.chains for view in chain.writable]
+
     def pause(self) -> None:
         with self._work:
             self._paused = True

@@ -123,9 +123,16 @@ class Virtqueue:
         self._used_ram, self._used_offset = region.u8, used_ring - region.base
         self._used16, self._used_index = region.u16, (used_ring - region.base) >> 1
         self._used32 = region.u32
+        if memory.tracker is not None:
+            memory.tracker.mark(used_ring, 6 + 8 * size)
         self._next_avail = 0
         self._next_used = 0
         self._last_signalled = 0
+
+    @property
+    def used_size(self) -> int:
+        """Bytes of the used ring, which is all of a queue that a device writes."""
+        return 6 + 8 * self.size
 
     # -- where it stands, for devices that return chains in the order in which they came
 
@@ -227,9 +234,12 @@ class Virtqueue:
 
     def _three(self, head: int) -> Chain | None:
         """A chain of the shape that nearly all requests of disks have: three descriptors in a row, in the queue's table or in
-        one of their own, the last one writable. They are read at once; None: it has another shape, or breaks a rule.
+        one of their own, the last one writable. They are read at once; None: it has another shape, or breaks a rule, or what
+        is written is counted, which this way is too short for.
         """
         index, ram, memory = head, self._desc_ram, self._memory
+        if memory.tracker is not None:
+            return None
         at = self._desc_base + DESC_SIZE * head
         address, length, flags, _ = _DESCRIPTOR.unpack_from(ram, at)
         if flags == DESC_F_INDIRECT:
@@ -287,13 +297,12 @@ class Virtqueue:
             total += length
             if total > MAX_CHAIN_BYTES:
                 raise self._broken("a chain of more than 4 GiB", "2.7.5.2")
-            view = self._memory.slice(address, length)
             if flags & DESC_F_WRITE:
-                writable.append(view)
+                writable.append(self._memory.writable(address, length))
             elif writable:
                 raise self._broken("a device-readable descriptor after a device-writable one", "2.7.4.2")
             else:
-                readable.append(view)
+                readable.append(self._memory.slice(address, length))
                 readable_length = total
             if not flags & DESC_F_NEXT:
                 return Chain(head, readable, readable_length, writable, total - readable_length)

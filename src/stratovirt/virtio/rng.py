@@ -79,6 +79,9 @@ class VirtioRng(VirtioDevice):
 
         self._timer = self._loop.call_later(delay, fire)
 
+    def outstanding(self) -> list[memoryview]:
+        return self._waiting.writable if self._waiting is not None else []
+
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int | None:
         written = self._serve(chain)
         if self._dry:

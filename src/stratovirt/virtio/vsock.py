@@ -102,6 +102,8 @@ class VhostVsock(VirtioDevice):
         self.let_others_interrupt(False)
 
     def on_reset(self) -> None:
+        if self._running:
+            self._lose()
         self._stop()
         self._reset_due = False
 
@@ -116,9 +118,17 @@ class VhostVsock(VirtioDevice):
                 for index in (RX, TX):
                     queue, position = self.queues[index], self._backend.ring_base(index)
                     if queue is not None:
+                        if position != queue.position:
+                            self._lose()  # no packet comes that is not answered: one position would come round to where it was
                         queue.seek(position)
             except HostError as error:
                 self._report(error)
+
+    def _lose(self) -> None:
+        """The kernel has written packets into guest RAM, and keeps no log of that."""
+        tracker = self._backend.memory.tracker
+        if tracker is not None:
+            tracker.lose(f"{self.name} has received packets")
 
     def resume(self) -> None:
         with self._work:
@@ -154,6 +164,7 @@ class VhostVsock(VirtioDevice):
         with self._work:
             broken = self.active
             self.active = False
+            self._lose()
             self._stop()
         if broken and self.transport is not None:
             self.transport.needs_reset(GuestError(self.name, "a ring that the kernel cannot follow", "VIRTIO 1.2, 2.7"))

@@ -14,7 +14,7 @@ import os
 import struct
 
 from stratovirt.errors import HostError
-from stratovirt.hostmap import ioctl_address
+from stratovirt.hostmap import address_of, ioctl_address
 from stratovirt.hypervisor.kvm import _uapi as uapi
 from stratovirt.hypervisor.kvm.system import KvmSystem
 
@@ -44,7 +44,7 @@ class KvmVm:
     def __init__(self, system: KvmSystem, kind: int = 0) -> None:
         self.system = system
         self.fd = system.create_vm(kind)
-        self._slots = 0
+        self.slots: list[RamRegion] = []
 
     def _ioctl(self, name: str, request: int, argument: int | bytes | bytearray) -> int:
         try:
@@ -57,10 +57,32 @@ class KvmVm:
 
     def add_memory(self, region: RamRegion) -> None:
         """Let the guest see `region`."""
+        self._set_slot(len(self.slots), region, 0)
+        self.slots.append(region)
+
+    def _set_slot(self, number: int, region: RamRegion, flags: int) -> None:
         # struct kvm_userspace_memory_region { u32 slot, flags; u64 guest_phys_addr, memory_size, userspace_addr; }
-        slot = struct.pack("<IIQQQ", self._slots, 0, region.base, region.size, region.host.address)
+        slot = struct.pack("<IIQQQ", number, flags, region.base, region.size, region.host.address)
         self._ioctl("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, slot)
-        self._slots += 1
+
+    def log_writes(self, wanted: bool) -> None:
+        """Keep a log of the pages that are written (`dirty_log.py`), in all slots, or none."""
+        for number, region in enumerate(self.slots):
+            self._set_slot(number, region, uapi.KVM_MEM_LOG_DIRTY_PAGES if wanted else 0)
+
+    def read_log(self, slot: int, bitmap: bytearray) -> None:
+        address, _anchor = address_of(bitmap)
+        # struct kvm_dirty_log { u32 slot, padding; u64 dirty_bitmap; }
+        self._ioctl("KVM_GET_DIRTY_LOG", uapi.KVM_GET_DIRTY_LOG, struct.pack("<IIQ", slot, 0, address))
+
+    def clear_log(self, slot: int, pages: int, bitmap: bytearray) -> None:
+        address, _anchor = address_of(bitmap)
+        # struct kvm_clear_dirty_log { u32 slot, num_pages; u64 first_page, dirty_bitmap; }
+        self._ioctl("KVM_CLEAR_DIRTY_LOG", uapi.KVM_CLEAR_DIRTY_LOG, bytearray(struct.pack("<IIQQ", slot, pages, 0, address)))
+
+    def enable_capability(self, capability: int, argument: int) -> None:
+        # struct kvm_enable_cap { u32 cap, flags; u64 args[4]; u8 pad[64]; }
+        self._ioctl("KVM_ENABLE_CAP", uapi.KVM_ENABLE_CAP, struct.pack("<IIQ24x64x", capability, 0, argument))
 
     def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None:
         """PIC, IOAPIC and local APICs in the kernel. The two addresses are scratch pages for Intel processors."""
