@@ -39,6 +39,7 @@ ARM64_PACKAGES = (
     "kmod",
     "libc-bin",
     "mount",
+    "netcat-openbsd",
     "procps",
     "python3",
     "python3-libfdt",

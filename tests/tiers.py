@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -24,6 +25,8 @@ PYTHON = sys.executable
 sys.path.insert(0, str(ROOT))
 
 # Seconds after which a tier is ended as failed: well above what two slow cores need.
+REPORT = "STRATOVIRT_TIERS_REPORT"  # where the process beside leaves what its tiers did
+LAB_TIERS = ("readme", "lab-x86", "lab-arm")  # each needs the lab, of which there is one at a time
 ON_REQUEST = ("lab-arm",)
 DEADLINES = {"checks": 600, "unit": 600, "kvm": 900, "fuzz": 900, "readme": 1500, "lab-x86": 3000, "lab-arm": 3000}
 
@@ -67,15 +70,59 @@ def main(arguments: list[str]) -> int:
     if unknown:
         print(f"tiers.py: no tier {unknown[0]!r} (accepted: {', '.join(TIERS)})", file=sys.stderr)
         return 2
-    results = []
     with tempfile.TemporaryDirectory(prefix="stratovirt-tests-") as folder:
-        for name in chosen:
-            result = Result(name)
-            started = time.monotonic()
-            TIERS[name](result, Path(folder))
-            result.seconds = time.monotonic() - started
-            results.append(result)
+        in_lab = [name for name in chosen if name in LAB_TIERS]
+        others = [name for name in chosen if name not in LAB_TIERS]
+        if in_lab and others:
+            beside = Beside(others, Path(folder))
+            results = [run_tier(name, Path(folder)) for name in in_lab]
+            results = beside.finish() + results
+        else:
+            results = [run_tier(name, Path(folder)) for name in chosen]
+    if report := os.environ.get(REPORT):
+        Path(report).write_text(json.dumps([vars(result) for result in results]))
+        return 0
     return summary(results)
+
+
+def run_tier(name: str, folder: Path) -> Result:
+    result = Result(name)
+    started = time.monotonic()
+    TIERS[name](result, folder)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+class Beside:
+    """The tiers without a lab, in a process of their own: an emulated host keeps one processor busy, and there are two.
+
+    What they print comes in one piece when they have ended.
+    """
+
+    def __init__(self, tiers: list[str], folder: Path) -> None:
+        self._tiers, self._report, self._log = tiers, folder / "beside.json", folder / "beside.log"
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen([PYTHON, __file__, *tiers], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                             env={**os.environ, REPORT: str(self._report)})
+        self._printer = threading.Thread(target=self._print)
+        self._printer.start()
+
+    def _print(self) -> None:
+        self._process.wait()  # each tier has its deadline
+        print(self._log.read_text(errors="replace"), flush=True)
+
+    def finish(self) -> list[Result]:
+        self._printer.join()
+        if not self._report.exists():
+            failed = Result(self._tiers[0])
+            failed.failures.append(f"{', '.join(self._tiers)}: ended with status {self._process.returncode}, without results")
+            return [failed]
+        results = []
+        for values in json.loads(self._report.read_text()):
+            result = Result(values["tier"])
+            vars(result).update(values, skips=Counter(values["skips"]))
+            results.append(result)
+        return results
 
 
 def summary(results: list[Result]) -> int:
@@ -219,7 +266,7 @@ def boot_lab(arch: str, tests: str, share: Path, until: float) -> int:
     """
     progress = share / "progress"
     long = "STRATOVIRT_LAB_LONG=1 " if os.environ.get("LONG") else ""
-    inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short"
+    inside = f"{long}STRATOVIRT_LAB_PROGRESS=/mnt/share/{progress.name} {PYTHON} -m pytest {tests} -v --tb=short --durations=20"
     inside += " -p no:hypothesispytest"  # no property tests here, and it is a compiled module of this machine's architecture
     inside += " -o tmp_path_retention_policy=failed"  # its /tmp is memory: what a passed test wrote goes at once
     left = max(1.0, until - time.monotonic())

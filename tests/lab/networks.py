@@ -20,6 +20,10 @@ MEBIBYTE = 1 << 20
 AMOUNT = 48
 PATTERN = hashlib.sha512(b"a block that no other resembles").digest() * (MEBIBYTE // 64)
 
+# In the guest, a program of the host: busybox reads and writes 1 KiB at a time, and each piece is two switches of context in
+# an emulated processor. With -N the end of the input is the end of the stream.
+NETCAT = "nc.openbsd"
+NC = f"{NETCAT} -N"
 CONFIGURE = f"ip link set eth0 up && ip addr add {GUEST}/24 dev eth0\n"
 
 

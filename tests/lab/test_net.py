@@ -16,6 +16,8 @@ from networks import (
     HOST,
     MAKE_DATA,
     MEBIBYTE,
+    NC,
+    NETCAT,
     Server,
     checksum,
     complaints,
@@ -41,15 +43,15 @@ def test_ping_and_tcp_both_ways(
     command = f"""{CONFIGURE}
     cat /sys/class/net/eth0/address
     ping -c 3 -i 0.2 -q {HOST} >/tmp/ping && ping -c 3 -i 0.2 -q -s 1400 {HOST} >/tmp/ping; echo ping $?
-    nc {HOST} {seed.port} </dev/null >/tmp/seed
+    {NC} {HOST} {seed.port} </dev/null >/tmp/seed
     {MAKE_DATA}
-    nc {HOST} {to_host.port} </tmp/data; echo sent $?
-    nc {HOST} {to_guest.port} </dev/null | md5sum
+    {NC} {HOST} {to_host.port} </tmp/data; echo sent $?
+    {NC} {HOST} {to_guest.port} </dev/null | md5sum
     md5sum </tmp/data
     echo ready
     cat >/dev/null </dev/console
     """
-    guest = boot(kernel, command, smp=smp, memory=384, extra=network(tap, *more, keys=keys))
+    guest = boot(kernel, command, smp=smp, memory=384, programs=(NETCAT,), extra=network(tap, *more, keys=keys))
     guest.wait_for(b"ready\n", stream=guest.stdout, seconds=600)
     for server in (seed, to_host, to_guest):
         server.finish()
@@ -116,11 +118,11 @@ def test_a_disk_and_an_interface_share_an_iothread(boot: Callable[..., Guest], t
         file.truncate(AMOUNT * MEBIBYTE)
     to_guest = Server(send_all)
     command = f"""{CONFIGURE}
-    nc {HOST} {to_guest.port} </dev/null | dd of=/dev/vda bs=64k iflag=fullblock oflag=direct 2>/dev/null; sync
+    {NC} {HOST} {to_guest.port} </dev/null | dd of=/dev/vda bs=64k iflag=fullblock oflag=direct 2>/dev/null; sync
     """
     disk = ("-object", "iothread,id=io0", "-drive", f"id=disk,file={image},direct=off",
             "-device", "virtio-blk-device,drive=disk,id=blk0,iothread=io0")
-    guest = boot("small-elf", command, extra=network(tap, *disk, keys=",iothread=io0"))
+    guest = boot("small-elf", command, programs=(NETCAT,), extra=network(tap, *disk, keys=",iothread=io0"))
     assert guest.finish(600) == (0, "")
     with open(image, "rb") as file:
         assert hashlib.md5(file.read()).hexdigest() == checksum()

@@ -19,6 +19,8 @@ from networks import (
     GUEST,
     HOST,
     MEBIBYTE,
+    NC,
+    NETCAT,
     PATTERN,
     Iperf,
     Server,
@@ -55,7 +57,7 @@ class Copy:
         self._digest = hashlib.md5()
         self._amount = amount
         self._there, self._back = Server(lambda connection: send_all(connection, amount)), Server(receive_all(self._digest))
-        self.command = f"nc {HOST} {self._there.port} </dev/null | nc {HOST} {self._back.port}"
+        self.command = f"{NC} {HOST} {self._there.port} </dev/null | {NC} {HOST} {self._back.port}"
 
     def finish(self) -> None:
         for server in (self._there, self._back):
@@ -79,7 +81,7 @@ def test_ping_and_iperf_both_ways(boot: Callable[..., Guest], make_tap: Callable
     echo ready
     cat >/dev/null </dev/console
     """
-    guest = boot("small-elf", command, smp=pairs, memory=384, programs=("iperf3",),
+    guest = boot("small-elf", command, smp=pairs, memory=384, programs=("iperf3", NETCAT),
                  extra=network(tap, *more, keys=device, netdev_keys=netdev))
     guest.wait_for(b"ready\n", stream=guest.stdout, seconds=300)
     run(str(assets.busybox()), "ping", "-c", "3", "-q", GUEST)
@@ -98,7 +100,7 @@ def test_ping_and_iperf_both_ways(boot: Callable[..., Guest], make_tap: Callable
 def test_a_copy_with_two_queues(boot: Callable[..., Guest], make_tap: Callable[..., str]) -> None:
     more, netdev, device, pairs = WAYS[STANDS_STILL]
     copy = Copy(AMOUNT)
-    guest = boot("small-elf", f"{CONFIGURE} {copy.command}", smp=pairs,
+    guest = boot("small-elf", f"{CONFIGURE} {copy.command}", smp=pairs, programs=(NETCAT,),
                  extra=network(make_tap("multi_queue"), *more, keys=device, netdev_keys=netdev))
     assert guest.finish() == (0, "")
     copy.finish()
@@ -108,7 +110,7 @@ def test_a_copy_with_two_queues(boot: Callable[..., Guest], make_tap: Callable[.
 @pytest.mark.parametrize("way", ["main loop", "vhost"])
 def test_a_gibibyte_to_the_guest(boot: Callable[..., Guest], tap: str, way: str) -> None:
     server = Server(lambda connection: send_all(connection, 1024))
-    guest = boot("small-elf", f"{CONFIGURE} nc {HOST} {server.port} </dev/null | md5sum",
+    guest = boot("small-elf", f"{CONFIGURE} {NC} {HOST} {server.port} </dev/null | md5sum", programs=(NETCAT,),
                  extra=network(tap, netdev_keys=WAYS[way][1]))
     assert guest.finish(900) == (0, f"{checksum(1024)}  -\n")
     server.finish()
@@ -120,8 +122,8 @@ def test_a_gibibyte_to_the_guest(boot: Callable[..., Guest], tap: str, way: str)
 def test_a_gibibyte_from_the_guest(boot: Callable[..., Guest], tap: str, way: str) -> None:
     digest = hashlib.md5()
     seed, server = Server(send_seed), Server(receive_all(digest))
-    command = f"{CONFIGURE} nc {HOST} {seed.port} </dev/null >/tmp/seed\n({make_data(1024)}) | nc {HOST} {server.port}"
-    guest = boot("small-elf", command, extra=network(tap, netdev_keys=WAYS[way][1]))
+    command = f"{CONFIGURE} {NC} {HOST} {seed.port} </dev/null >/tmp/seed\n({make_data(1024)}) | {NC} {HOST} {server.port}"
+    guest = boot("small-elf", command, programs=(NETCAT,), extra=network(tap, netdev_keys=WAYS[way][1]))
     assert guest.finish(900) == (0, "")
     server.finish()
     assert digest.hexdigest() == checksum(1024)
@@ -156,12 +158,12 @@ def test_ten_times_out_and_in_again_under_traffic(boot: Callable[..., Guest], ta
     until [ "$(cat /sys/class/net/eth0/carrier)" = 1 ]; do sleep 0.1; done
     ping -q {HOST} >/dev/null &
     ping -q -s 1400 {HOST} >/dev/null &
-    nc {HOST} {stream.port} </dev/null >/dev/null &
+    {NC} {HOST} {stream.port} </dev/null >/dev/null &
     ping -c 1 -q {HOST} >/tmp/ping && echo streaming
     head -n 1 </dev/console >/dev/null
     {copy.command}
     """
-    guest = boot("small-elf", command, qmp=True, memory=384)
+    guest = boot("small-elf", command, qmp=True, memory=384, programs=(NETCAT,))
     for number in range(10):
         arguments: dict[str, object] = {"ifname": tap}
         if number % 2:

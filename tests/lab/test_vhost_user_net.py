@@ -16,6 +16,8 @@ from networks import (
     GUEST,
     HOST,
     MAKE_DATA,
+    NC,
+    NETCAT,
     Iperf,
     Server,
     checksum,
@@ -54,17 +56,17 @@ def test_ping_tcp_and_iperf_both_ways(boot: Callable[..., Guest], backend: Calla
     send, receive = Iperf(5201), Iperf(5202)
     command = f"""{CONFIGURE}
     ping -c 3 -i 0.2 -q {HOST} >/tmp/ping && ping -c 3 -i 0.2 -q -s 1400 {HOST} >/tmp/ping; echo ping $?
-    nc {HOST} {seed.port} </dev/null >/tmp/seed
+    {NC} {HOST} {seed.port} </dev/null >/tmp/seed
     {MAKE_DATA}
-    nc {HOST} {to_host.port} </tmp/data; echo sent $?
-    nc {HOST} {to_guest.port} </dev/null | md5sum
+    {NC} {HOST} {to_host.port} </tmp/data; echo sent $?
+    {NC} {HOST} {to_guest.port} </dev/null | md5sum
     md5sum </tmp/data
     iperf3 -c {HOST} -p 5201 -t 5 >/tmp/iperf || cat /tmp/iperf
     iperf3 -c {HOST} -p 5202 -t 5 -R >/tmp/iperf || cat /tmp/iperf
     echo ready
     cat >/dev/null </dev/console
     """
-    guest = boot("small-elf", command, memory=384, shared=True, programs=("iperf3",), extra=network(place / "socket"))
+    guest = boot("small-elf", command, memory=384, shared=True, programs=("iperf3", NETCAT), extra=network(place / "socket"))
     guest.wait_for(b"ready\n", stream=guest.stdout, seconds=600)
     for server in (seed, to_host, to_guest):
         server.finish()
