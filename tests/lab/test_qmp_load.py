@@ -23,10 +23,9 @@ PAUSE = 0.02  # QMP lets 100 requests a second through
 # Seconds, where the host is emulated. On hardware the median is well below a millisecond with an iothread.
 LIMIT = 5.0
 
-# The guest has one processor, and sending takes more of it than reading: without `nice` little would be sent.
 DISK_LOAD = """
 for job in 1 2; do
-    (while :; do nice -n 19 dd if=/dev/vda of=/dev/null bs=4k count=512 iflag=direct 2>/dev/null || echo failed; done) &
+    (while :; do dd if=/dev/vda of=/dev/null bs=4k count=512 iflag=direct 2>/dev/null || echo failed; done) &
 done
 """
 NET_LOAD = f"""
