@@ -56,6 +56,7 @@ class Peer:
         self.features = 0
         self.received: list[tuple[int, bytes]] = []
         self.fds: list[int] = []
+        self.lock = threading.RLock()  # held while rings are served, and when what they are signalled by is closed
 
     def reply(self, request: int, payload: bytes, flags: int = 5, size: int | None = None) -> None:
         with contextlib.suppress(OSError):
@@ -65,9 +66,10 @@ class Peer:
         try:
             self._listen()
         finally:
-            self.rings.clear()
-            for fd in self.fds:
-                os.close(fd)
+            with self.lock:
+                self.rings.clear()
+                for fd in self.fds:
+                    os.close(fd)
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError):
@@ -158,6 +160,10 @@ class Peer:
 
     def serve(self) -> None:
         """What a kick leads to. Thread: the test's."""
+        with self.lock:
+            self._serve()
+
+    def _serve(self) -> None:
         for index, ring in list(self.rings.items()):
             if ring.queue is None or not ring.enabled or not readable(ring.fds[SET_VRING_KICK]):
                 continue
