@@ -12,6 +12,7 @@ from pathlib import Path
 from guest import bzimage, cache, debian, initramfs, microvm_kernel, vsockcat
 
 CLOUD_PACKAGE = "linux-image-cloud-amd64"
+FULL_PACKAGE = "linux-image-amd64"
 ARM64_PACKAGE = "linux-image-cloud-arm64"
 ARM64 = "arm64"  # Debian's name of aarch64
 ARM64_COMPILER = "aarch64-linux-gnu-gcc"
@@ -29,13 +30,26 @@ def stock_bzimage() -> Path:
 
 def stock_elf() -> Path:
     """The ELF kernel inside the bzImage above."""
-    image = stock_bzimage()
+    return _elf(stock_bzimage(), stock_package(), "stock-elf")
 
+
+def _elf(image: Path, package: Path, name: str) -> Path:
     def build(target: Path) -> None:
         (target / "vmlinux").write_bytes(bzimage.extract_elf(image.read_bytes()))
 
-    inputs: dict[str, str | bytes] = {"package": stock_package().name, "tool": Path(bzimage.__file__).read_bytes()}
-    return cache.entry("stock-elf", inputs, build) / "vmlinux"
+    inputs: dict[str, str | bytes] = {"package": package.name, "tool": Path(bzimage.__file__).read_bytes()}
+    return cache.entry(name, inputs, build) / "vmlinux"
+
+
+def full_elf() -> Path:
+    """Debian's kernel for all machines, which has drivers that the cloud kernel lacks: of the generation ID, for one."""
+    package = debian.tree(FULL_PACKAGE)
+    return _elf(next((package / "boot").glob("vmlinuz-*")), package, "full-elf")
+
+
+def full_initramfs() -> Path:
+    """busybox, init and the virtio and ext4 modules of that kernel."""
+    return initramfs.stock(debian.tree(FULL_PACKAGE), "full")
 
 
 def stock_initramfs() -> Path:
@@ -103,6 +117,8 @@ X86_64: dict[str, Callable[[], Path]] = {
     "stock-bzimage": stock_bzimage,
     "stock-elf": stock_elf,
     "stock-initramfs": stock_initramfs,
+    "full-elf": full_elf,
+    "full-initramfs": full_initramfs,
     "microvm-elf": microvm_elf,
     "microvm-bzimage": microvm_bzimage,
     "microvm-flat": microvm_flat,

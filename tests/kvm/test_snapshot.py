@@ -22,7 +22,8 @@ from kvm.memories import KINDS, arguments
 from kvm.test_qmp import Client
 from stratovirt.arch.x86_64 import layout
 from stratovirt.errors import StratoVirtError
-from stratovirt.snapshot import memory_file, state_file
+from stratovirt.snapshot import state_file
+from stratovirt.snapshot.chain import Chain
 
 TICKS, TURNS, MARK = DATA, DATA + 4, DATA + 8
 RNG = ("-object", "rng-random,id=r0,filename=/dev/urandom", "-device", "virtio-rng-device,rng=r0,id=rng0")
@@ -233,25 +234,57 @@ def test_places_where_no_snapshot_can_be(machine, tmp_path, where) -> None:
     assert first.vm.state == "running"
 
 
-def test_killed_at_any_moment(launch, tmp_path) -> None:
-    """There is a whole snapshot or none, however far it has come."""
+@pytest.mark.parametrize("incremental", [False, True])
+def test_killed_at_any_moment(launch, tmp_path, incremental) -> None:
+    """There is a whole snapshot or none, however far it has come; and the next one into that place clears up."""
     chance = random.Random(5)
     whole = 0
+    base = tmp_path / "base"
+    machine = (*RNG, "-qmp", f"unix:{tmp_path / 'qmp'},server,nowait")
     for number in range(12):
         directory = tmp_path / f"snap{number // 2}"  # every other one replaces another
-        program = launch(counter(), "-qmp", f"unix:{tmp_path / 'qmp'},server,nowait")
+        program = launch(counter(), *machine)
         program.wait_for("up\n")
         client = connect(tmp_path / "qmp")
-        client.socket.sendall(json.dumps({"execute": "migrate", "arguments": {"uri": f"file:{directory}"}}).encode())
+        more = {}
+        if incremental:
+            assert client.ask("migrate", uri=f"file:{base}", track=number % 3 == 0) == {}
+            more = {"base": str(base)}
+            client.ask("cont")
+        arguments = {"uri": f"file:{directory}", **more}
+        client.socket.sendall(json.dumps({"execute": "migrate", "arguments": arguments}).encode())
         time.sleep(chance.random() * 0.06)
         program.process.kill()
         program.process.wait()
         client.close()
         if (directory / "state").exists():
-            whole += 1
             state = state_file.read(str(directory))
-            os.close(memory_file.open_file(str(directory / "memory"), 128 << 20, str(state["id"])))
+            if incremental and state["base"]["id"] != state_file.read(str(base))["id"]:
+                continue  # the one before: its base is another by now
+            whole += 1
+            Chain(str(directory), state).close()
     print(f"{whole} of 12 were through")
+    program = launch(counter(), *machine)
+    program.wait_for("up\n")
+    client = connect(tmp_path / "qmp")
+    for directory in sorted(tmp_path.glob("snap*")):
+        assert client.ask("migrate", uri=f"file:{directory}") == {}
+        assert sorted(path.name for path in directory.iterdir()) == ["memory", "state"]
+    client.close()
+
+
+def test_a_limit_of_the_size_of_files(launch, tmp_path) -> None:
+    """The error is the client's, and the guest runs on; what was there is still there."""
+    program = launch(counter(), *RNG, "-qmp", f"unix:{tmp_path / 'qmp'},server,nowait",
+                     prefix=("prlimit", f"--fsize={1 << 20}"))
+    program.wait_for("up\n")
+    client = connect(tmp_path / "qmp")
+    for _ in range(2):
+        assert client.ask("migrate", uri=f"file:{tmp_path / 'snap'}")["desc"].endswith("File too large")
+        assert client.ask("query-migrate") == {"status": "failed"} and list((tmp_path / "snap").iterdir()) == []
+        assert client.ask("query-status")["status"] == "running"
+        program.wait_for(".")
+    client.close()
 
 
 # -- what is not a snapshot of this machine

@@ -158,6 +158,18 @@ def test_what_is_counted_is_all_that_changes(machine, tmp_path, monkeypatch, kin
     go_on(guest)
 
 
+def test_counting_from_a_restore_on(three, machine, monkeypatch) -> None:
+    folder, _first = three
+    again = machine(counter(), *serial(folder / "again"), *RNG, "-incoming", f"file:{folder / 'c'},track=true")
+    monkeypatch.setattr(difference, "from_memory", lambda *words: pytest.fail("nothing needs to be compared"))
+    again.start()
+    go_on(again)
+    again.vm.snapshot(str(folder / "d"), str(folder / "c"))
+    again.vm.snapshot(str(folder / "whole"))
+    assert differing(folder / "d", folder / "whole") == []
+    assert len(chain_of(folder / "d").links[0].ranges) < 16
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda folder: shutil.rmtree(folder / "a"), "no such directory"),
     "truncated": (lambda folder: os.truncate(folder / "b" / "memory", 5 << 20), "it is not whole"),

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _X86_64 = {
     "stock-bzimage": ("stock-bzimage", "stock-initramfs"),
     "stock-elf": ("stock-elf", "stock-initramfs"),
+    "full-elf": ("full-elf", "full-initramfs"),
     "small-elf": ("microvm-elf", "microvm-initramfs"),
     "small-bzimage": ("microvm-bzimage", "microvm-initramfs"),
     "small-flat": ("microvm-flat", "microvm-initramfs"),

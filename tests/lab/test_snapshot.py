@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 from guest import assets
 from linux_guest import DEADLINE, Guest
-from networks import CONFIGURE, GUEST, network, run
+from networks import CONFIGURE, GUEST, HOST, Iperf, network, run
+from test_block_io import FIO_TOOL, MIX, drive, fio_disk, make_image  # noqa: F401
+
+from stratovirt.snapshot import difference, state_file
+from stratovirt.snapshot.chain import Chain
 
 LINES, BLOCKS = 600, 384
 # Numbered lines with the time since the boot to a virtio console, numbered blocks to a disk, a listener on a socket.
@@ -102,3 +106,107 @@ def test_a_saved_guest_goes_on_where_it_was(
     for trouble in (b"soft lockup", b"rcu_sched detected", b"Call Trace", b"I/O error"):
         assert trouble not in second.console, second.account()
     assert os.path.getsize(tmp_path / "snapshot" / "state") < 1 << 20
+
+
+# -- a snapshot that is gone on from twice
+
+FORK = "crng reseeded due to virtual machine fork"
+TOLD = f"""
+echo ready
+until dmesg | grep -q '{FORK}'; do sleep 0.1; done
+echo "random $(head -c 64 /dev/urandom | md5sum | cut -c1-32) $(head -c 64 /dev/hwrng | md5sum | cut -c1-32) end" >/dev/console
+echo "told $(dmesg | grep -c '{FORK}')" >/dev/console
+cat >/dev/null </dev/console
+"""
+
+
+def test_two_guests_of_one_snapshot_know_that_they_are_two(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """Debian's full kernel has a driver of the generation ID: it takes fresh entropy, and no two draw the same numbers."""
+    first = boot("full-elf", TOLD, memory=192, qmp=True)
+    first.wait_for(b"ready\n", stream=first.stdout)
+    first.execute("migrate", uri=f"file:{tmp_path / 'snapshot'}")
+    first.execute("cont")
+    both = [boot("full-elf", memory=192, qmp=True, extra=("-incoming", f"file:{tmp_path / 'snapshot'}")) for _ in range(2)]
+    drawn: set[bytes] = set()
+    for guest in both:
+        guest.wait_for(b"told 1")
+        (line,) = (line for line in bytes(guest.console).splitlines() if line.startswith(b"random "))
+        words = line.split()
+        assert len(words) == 4 and words[3] == b"end" and len(words[1]) == len(words[2]) == 32, line
+        drawn |= set(words[1:3])
+    assert len(drawn) == 4
+    assert first.execute("query-status")["status"] == "running"
+    assert b"random " not in first.console, "nothing has happened to this one"
+
+
+# -- under load
+
+LOAD = f"""{CONFIGURE}
+{FIO_TOOL.format("vdb").partition("/mnt/ld")[0]}
+(iperf3 -c {HOST} -p 5201 -t 25 >/tmp/net 2>&1; echo "net $?" >/dev/hvc0) &
+net=$!
+(/mnt/ld-linux-*.so.* --library-path /mnt /mnt/fio --thread --name=load --filename=/dev/vda {MIX} --size=24m --rate=1m,1m \
+    >/tmp/fio 2>&1; echo "fio $? $(cut -d';' -f3-5 /tmp/fio)" >/dev/hvc0) &
+fio=$!
+i=0
+while kill -0 $fio 2>/dev/null || kill -0 $net 2>/dev/null; do
+    read up idle </proc/uptime; echo "line $i $up" >/dev/hvc0; i=$((i + 1)); sleep 0.1
+done
+echo "random $(head -c 64 /dev/hwrng | wc -c)" >/dev/hvc0
+echo complete >/dev/hvc0
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("vhost", ["off", "on"])
+def test_a_chain_of_snapshots_under_load(
+    boot: Callable[..., Guest], tmp_path: Path, tap: str, file_system: Callable[[int], Path],
+    fio_disk: Path, vhost: str,  # noqa: F811
+) -> None:
+    """fio checks what it reads, iperf3 its connection; and what was counted as written is all that was, vhost's part too."""
+    if vhost == "on":
+        run("modprobe", "vhost_net")
+    image = make_image(file_system(64) / "image", 32 << 20)
+    server = Iperf()
+
+    def start(output: Path, *more: str) -> Guest:
+        return boot("stock-elf", LOAD, smp=2, memory=384, qmp=True, programs=("iperf3",), extra=network(
+            tap, *drive(image, ",aio=native,direct=on"), *drive(fio_disk, ",readonly=on,direct=off", id="tools"),
+            "-chardev", f"file,id=c0,path={output}", "-device", "virtio-serial-device,id=ser0",
+            "-device", "virtconsole,id=con0,chardev=c0", *more, netdev_keys=f",vhost={vhost}"))
+
+    def chain_of(name: str) -> Chain:
+        return Chain(str(tmp_path / name), state_file.read(str(tmp_path / name)))
+
+    first = start(tmp_path / "first")
+    wait_for_line(first, tmp_path / "first", "line 10 ")
+    first.execute("migrate", uri=f"file:{tmp_path / 'a'}", track=True)
+    for name, base, whole in (("b", "a", "whole-b"), ("c", "whole-b", "whole-c")):
+        first.execute("cont")
+        time.sleep(2)
+        began = time.monotonic()
+        first.execute("migrate", uri=f"file:{tmp_path / name}", base=str(tmp_path / base))
+        taken = time.monotonic() - began
+        first.execute("migrate", uri=f"file:{tmp_path / whole}")
+        chains = chain_of(name), chain_of(whole)
+        assert difference.between(*chains) == [], "a page was written that nobody counted"
+        ranges = chains[0].links[0].ranges or []
+        print(f"{name}: {sum(end - start for start, end in ranges) >> 10} KiB in {len(ranges)} ranges, {taken:.2f} s")
+    first.execute("quit")
+    assert first.wait_end() == 0
+    assert "not counted any more" not in first.errors
+    before = lines_of(tmp_path / "first")
+    assert not any(line.startswith(("fio", "net")) for line in before), "the load was over too soon"
+
+    second = start(tmp_path / "second", "-incoming", f"file:{tmp_path / 'c'}")
+    wait_for_line(second, tmp_path / "second", "complete")
+    run(str(assets.busybox()), "ping", "-c", "3", "-q", GUEST)
+    assert second.wait_end() == 0, second.account()
+    assert server.finish()["sum_received"]["bytes"] > 1 << 20
+    lines = before + lines_of(tmp_path / "second")
+    said = {line for line in lines if not line.startswith("line ")}
+    assert said >= {"net 0", "fio 0 load;0;0", "random 64", "complete"}, said
+    times = [float(line.split()[2]) for line in lines if line.startswith("line ")]
+    assert times == sorted(times), "the guest's clock never goes back"
+    for trouble in (b"soft lockup", b"rcu_sched detected", b"Call Trace", b"I/O error"):
+        assert trouble not in second.console, second.account()

@@ -313,6 +313,7 @@ def test_what_a_later_version_brings_is_refused_and_named(line: str, option: str
     ("-incoming fILE:/x", "not an address"),
     ("-incoming file:", "empty"),
     ("-incoming file:/x,mapped=on", "not a switch"),
+    ("-incoming file:/x,track=1", "not a switch"),
     ("-incoming file:/x,copied=true", "wasn't expected"),
     ("-incoming unix:/x", "MicroVM does not support migration"),
     ("-incoming TCP:1.2.3.4:5", "MicroVM does not support migration"),

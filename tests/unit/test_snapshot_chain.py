@@ -161,6 +161,28 @@ def test_what_does_not_fit_is_refused(pair: Path, case: str) -> None:
     assert len(os.listdir("/proc/self/fd")) == before, "nothing stays open"
 
 
+PAGES = st.integers(0, TOTAL // PAGE).map(lambda page: page * PAGE)
+VALUES = st.one_of(st.none(), st.integers(), st.text(max_size=40), st.just("../base"), st.just(f"{1:032x}"),
+                   st.lists(st.one_of(st.integers(-PAGE, TOTAL + PAGE), PAGES), max_size=8), st.lists(PAGES, max_size=4))
+
+
+@given(st.dictionaries(st.sampled_from(("id", "directory", "ranges", "more")), VALUES))
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_base_says(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, object]) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    memory = regions()
+    save(folder / "base", memory, 1)
+    save(folder / "top", memory, 2, folder / "base")
+    spoil(folder / "top", lambda state: state["base"].update(changes))
+    try:
+        chain = chain_of(folder / "top")
+    except SnapshotError:
+        return
+    assert sum(end - start for start, end, _ in chain.parts()) == TOTAL
+    chain.close()
+    assert loaded(folder / "top", True) == loaded(folder / "top", False) == content(memory)
+
+
 def test_so_many_and_no_more(tmp_path: Path) -> None:
     memory = regions()
     for number in range(chains.MAX_LINKS):

@@ -279,8 +279,8 @@ def _qmp(config: VmConfig, values: list[str]) -> None:
                           accepted=options.QMP_ACCEPTED)
 
 
-_INCOMING = Group("-incoming file:DIR", "", (Key("mapped", StrictBool(), "", True),))
-_INCOMING_ACCEPTED = "file:DIR, or file:DIR,mapped=false"
+_INCOMING = Group("-incoming file:DIR", "", (Key("mapped", StrictBool(), "", True), Key("track", StrictBool(), "", False)))
+_INCOMING_ACCEPTED = "file:DIR, and behind it mapped=false, track=true"
 
 
 def _incoming(config: VmConfig, values: list[str]) -> None:
@@ -293,7 +293,10 @@ def _incoming(config: VmConfig, values: list[str]) -> None:
         raise ConfigError("MicroVM does not support migration", option="-incoming", value=values[0],
                           accepted=_INCOMING_ACCEPTED)
     path = str(read_value(_FILE, directory, "-incoming file:"))
-    config.incoming = IncomingConfig(path, read_group(_INCOMING, rest).boolean("mapped") if rest else True)
+    config.incoming = IncomingConfig(path)
+    if rest:
+        group = read_group(_INCOMING, rest)
+        config.incoming = IncomingConfig(path, group.boolean("mapped"), group.boolean("track"))
 
 
 def _freeze(config: VmConfig, values: list[str]) -> None:

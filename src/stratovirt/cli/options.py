@@ -54,8 +54,9 @@ _DECLARED = (
     Option("qmp", ONE, "unix:PATH,server,nowait", _CONTROL, "QMP monitor; also tcp:IP:PORT,server,nowait"),
     Option("mon", ONE, "chardev=ID,mode=control", _CONTROL, "QMP monitor on a -chardev socket"),
 
-    Option("incoming", ONE, "file:DIR[,mapped=false]", _BOOT,
-           "go on from a snapshot, its memory mapped copy-on-write; with mapped=false read"),
+    Option("incoming", ONE, "file:DIR[,mapped=false][,track=true]", _BOOT,
+           "go on from a snapshot, its memory mapped copy-on-write, with mapped=false read; track=true counts what is written, "
+           "for an incremental one"),
     Option("S", FLAG, "", _PROCESS, "start paused; QMP cont lets it run"),
     Option("freeze", FLAG, "", _PROCESS, "the same as -S"),
     Option("action", ONE, "reboot=reset|shutdown", _PROCESS, "a reboot by the guest starts it again, or ends it (default)"),

@@ -149,13 +149,16 @@ class QmpConfig:
 
 
 class IncomingConfig:
-    """`-incoming file:DIRECTORY`; `mapped` memory is copied when it is written, other is read at start."""
+    """`-incoming file:DIRECTORY`; `mapped` memory is copied when it is written, other is read at start. `track`: what is
+    written is counted, for incremental snapshots.
+    """
 
-    __slots__ = ("directory", "mapped")
+    __slots__ = ("directory", "mapped", "track")
 
-    def __init__(self, directory: str, mapped: bool) -> None:
+    def __init__(self, directory: str, mapped: bool = True, track: bool = False) -> None:
         self.directory = directory
         self.mapped = mapped
+        self.track = track
 
 
 class VmConfig:

@@ -199,6 +199,7 @@ class Incoming:
     def __init__(self, config: VmConfig) -> None:
         assert config.incoming is not None  # the caller has looked
         self._directory, self._mapped = config.incoming.directory, config.incoming.mapped
+        self._track = config.incoming.track
         self._told = _Told(self._directory)
         with self._told:
             self._read = state_file.read(self._directory)
@@ -291,6 +292,9 @@ class Incoming:
         with self._told:
             if not isinstance(accelerator, KvmAccelerator) or platform is None:
                 raise SnapshotError("only machines with -accel kvm have snapshots")
+            if self._track:  # before the devices: from their start on the kernel is to log what it writes for them
+                _track(machine, accelerator, True)
+                _count_from(machine, self._id)
             occupied = {each.slot.number: each for each in machine.slots}
             for number, _, kind, state in self._slots:
                 device = occupied[number].device
