@@ -94,7 +94,7 @@ def _libfdt() -> Any:
         import site
 
     for directory in site.getsitepackages([sys.prefix, sys.base_prefix, "/usr"]):
-        sys.path.append(directory)
+        sys.path.insert(0, directory)  # before the one that has just failed: a module of another architecture, say
         try:
             return import_module("libfdt")
         except ImportError:
