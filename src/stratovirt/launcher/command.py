@@ -145,12 +145,23 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     log.info("ending; machines run on")
 
 
-def make_ahead() -> KvmAhead | None:
-    """In the spare child. None: the machine will say itself what is wrong with KVM, if anything is by then."""
+def make_ahead(last: list[str]) -> KvmAhead | None:
+    """In the spare child; `last` is what the last machine was. The next often is of the same size.
+
+    None: the machine will say itself what is wrong with KVM, if anything is by then.
+    """
+    from stratovirt.cli.command import parse
     from stratovirt.machine.kvm import KvmAhead
 
+    memory_size = 0
+    if last:
+        try:
+            config = parse(last)
+            memory_size = config.memory_size if config.ram is None else 0
+        except StratoVirtError as error:
+            log.debug(f"no size to go by: {error}")
     try:
-        return KvmAhead()
+        return KvmAhead(memory_size)
     except HostError as error:
         log.debug(f"no VM ahead: {error}")
         return None

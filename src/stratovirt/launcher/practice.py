@@ -59,6 +59,7 @@ def practise(runs: int = RUNS) -> bool:
         os.write(kernel, guest())
         for _ in range(runs):
             _run_once(kernel)
+            rehearse()
     except StratoVirtError as error:
         log.warn(f"no practice, and machines start a little slower: {error}")
         return False
@@ -129,13 +130,11 @@ def rehearse() -> None:
     from stratovirt.loop import EventLoop
     from stratovirt.machine.microvm import MicroVm
 
-    class Rehearsed(MicroVm):
-        def _create_accelerator(self) -> _NoAccelerator:  # type: ignore[override]
-            return _NoAccelerator()
-
     kernel = os.memfd_create("practice", os.MFD_CLOEXEC)
     os.write(kernel, guest())
-    Rehearsed(command.parse(_arguments(kernel)), EventLoop(), time.monotonic()).build()
+    machine = MicroVm(command.parse(_arguments(kernel)), EventLoop(), time.monotonic())
+    machine._create_accelerator = _NoAccelerator  # type: ignore[method-assign, assignment]
+    machine.build()
     gc.collect()  # what the launcher had is frozen, and not looked at
 
 

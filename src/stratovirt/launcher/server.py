@@ -68,9 +68,9 @@ class NoRequest(Exception):
 class Launcher:
     """Serves `listener`, an AF_UNIX SOCK_SEQPACKET socket, which becomes this object's.
 
-    `rehearse()` runs in the spare child, which lets go afterwards of what it has opened; after it `make_ahead()`, whose result
-    is in the attachment later. `start(arguments, attachment)` runs in the child when it has its request, and returns the
-    machine's exit status, or ends the process itself.
+    `rehearse()` runs in the spare child, which lets go afterwards of what it has opened; after it `make_ahead(last)`, with the
+    arguments of the last machine, whose result is in the attachment later. `start(arguments, attachment)` runs in the child
+    when it has its request, and returns the machine's exit status, or ends the process itself.
     `soft_limit` is how many files a machine may have open, `idle` after how many seconds without one `on_idle` is called
     (0: never).
     """
@@ -78,7 +78,7 @@ class Launcher:
     def __init__(self, loop: EventLoop, listener: _socket.socket, start: Callable[[list[str], Attachment], int],
                  soft_limit: int, idle: float = 0.0, on_idle: Callable[[], None] = lambda: None,
                  rehearse: Callable[[], None] = lambda: None,
-                 make_ahead: Callable[[], KvmAhead | None] = lambda: None) -> None:
+                 make_ahead: Callable[[list[str]], KvmAhead | None] = lambda last: None) -> None:
         self._loop = loop
         self._listener = listener
         self._start = start
@@ -87,6 +87,7 @@ class Launcher:
         self._on_idle = on_idle
         self._rehearse = rehearse
         self._make_ahead = make_ahead
+        self._last: list[str] = []
         self._spare: Spare | None = None
         self._closed = False
         self._idle_timer: Timer | None = None
@@ -186,7 +187,7 @@ class Launcher:
                 raise RequestError(f"the request is longer than {wire.MAX_REQUEST} bytes")
             if flags & _socket.MSG_CTRUNC:
                 raise RequestError(f"more than {wire.MAX_DESCRIPTORS} descriptors, or more than this process may open")
-            read_request(bytes(self._view[:length]), received, self._soft_limit)
+            self._last = read_request(bytes(self._view[:length]), received, self._soft_limit).arguments
         except RequestError as error:
             _close_all(received)
             _refuse(connection, str(error))
@@ -263,7 +264,7 @@ class Launcher:
             source = detach(requests.detach())
             self._rehearse()
             # Whoever is waiting already is served sooner by a VM that is made in its usual order.
-            ahead = None if _is_waiting(source) else self._make_ahead()
+            ahead = None if _is_waiting(source) else self._make_ahead(self._last)
             message, received = _await_request(source)
             os.close(source)
             request = read_request(message, received[1:], self._soft_limit)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 
 from stratovirt.errors import HostError, StateError
+from stratovirt.hostmap import HostMapping
 from stratovirt.hypervisor.kvm.system import KvmSystem
-from stratovirt.machine.board import Processors
+from stratovirt.machine.board import Processors, layout
 from stratovirt.machine.vcpus import VcpuThreads
+from stratovirt.memory import RamRegion
 from stratovirt.sandbox import unconfined
 
 TYPE_CHECKING = False
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
     from stratovirt.loop import EventLoop
     from stratovirt.machine.boot import Boot
-    from stratovirt.memory import RamRegion
 
     class InterruptLine(Protocol):
         @property
@@ -86,16 +87,28 @@ if TYPE_CHECKING:
 class KvmAhead:
     """What KVM can be asked for before it is known what machine it is for, so that the machine need not wait.
 
-    It is of the process that makes it: a VM cannot be used after a fork. Raises: HostError.
+    It is of the process that makes it: a VM cannot be used after a fork. `memory_size` is a guess at what the machine will
+    have, in bytes, or 0. Raises: HostError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory_size: int = 0) -> None:
         self.system = KvmSystem()
+        self._memory: list[RamRegion] = []
         try:
-            self.vm = Processors.create_ahead(self.system)
+            if memory_size:
+                self._memory = [RamRegion(base, HostMapping(size)) for base, size in layout.ram_ranges(memory_size)]
+            self.vm = Processors.create_ahead(self.system, self._memory)
         except HostError:
             self.system.close()
             raise
+
+    def take_memory(self, ranges: list[tuple[int, int]]) -> list[RamRegion]:
+        """What the VM has in its slots, if that is memory in `ranges`; else [], and it has none any more. Raises: HostError."""
+        memory, self._memory = self._memory, []
+        if self.vm is None or [(region.base, region.size) for region in memory] == ranges:
+            return memory if self.vm is not None else []
+        self.vm.remove_memory()
+        return []
 
     def descriptors(self) -> list[int]:
         return [self.system.fd] if self.vm is None else [self.system.fd, self.vm.fd]

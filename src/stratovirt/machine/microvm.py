@@ -118,9 +118,10 @@ class MicroVm(Lifecycle):
 
     def _create_accelerator(self) -> Accelerator:
         config = self.config
-        ahead, self._ahead = self._ahead, None
+        ahead = self._ahead
         if config.accel == "test":
             if ahead is not None:
+                self._ahead = None
                 ahead.let_go()
             from stratovirt.hypervisor.test_accel.accelerator import TestAccelerator
 
@@ -151,12 +152,14 @@ class MicroVm(Lifecycle):
     def _create_memory(self) -> GuestMemory:
         config = self.config
         ranges = layout.ram_ranges(config.memory_size)
+        ahead, self._ahead = self._ahead, None
+        registered = ahead.take_memory(ranges if config.ram is None else []) if ahead is not None else []
         for id in config.memory_backends:
             if id != config.memory_backend:
                 log.warn(f"-object id={id}: this memory is not used, -machine memory-backend={id} is missing")
         if config.ram is None:
             try:
-                regions = [RamRegion(base, HostMapping(size)) for base, size in ranges]
+                regions = registered or [RamRegion(base, HostMapping(size)) for base, size in ranges]
             except HostError as error:
                 raise ConfigError(str(error), option="-m", value=f"{config.memory_size >> 20}M") from error
         else:
@@ -168,7 +171,8 @@ class MicroVm(Lifecycle):
                 region.host.dont_dump()
             if self._incoming is not None:
                 self._incoming.load_memory(region)
-            self.vm.add_memory(region)
+            if not registered:
+                self.vm.add_memory(region)
         return GuestMemory(regions)
 
     # -- the platform's own devices

@@ -84,6 +84,13 @@ class KvmVm:
         # struct kvm_enable_cap { u32 cap, flags; u64 args[4]; u8 pad[64]; }
         self._ioctl("KVM_ENABLE_CAP", uapi.KVM_ENABLE_CAP, struct.pack("<IIQ24x64x", capability, 0, argument))
 
+    def remove_memory(self) -> None:
+        """Take all of it away again."""
+        while self.slots:
+            self.slots.pop()
+            nothing = struct.pack("<IIQQQ", len(self.slots), 0, 0, 0, 0)
+            self._ioctl("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, nothing)
+
     def create_interrupt_chips(self, identity_map_address: int, tss_address: int) -> None:
         """PIC, IOAPIC and local APICs in the kernel. The two addresses are scratch pages for Intel processors."""
         self._ioctl("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, struct.pack("<Q", identity_map_address))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stratovirt.loop import EventLoop
     from stratovirt.machine import kvm
     from stratovirt.machine.vcpus import VcpuThreads
+    from stratovirt.memory import RamRegion
     from stratovirt.snapshot.saved import Saved
 
     class LevelLine(Protocol):
@@ -47,7 +48,7 @@ class Processors:
         self._gic: Gic | None = None
 
     @staticmethod
-    def create_ahead(system: KvmSystem) -> None:
+    def create_ahead(system: KvmSystem, memory: list[RamRegion]) -> None:
         """Nothing: the width of addresses and the GIC depend on the size of memory and the number of CPUs."""
 
     def create_interrupt_chips(self) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stratovirt.hypervisor.kvm.system import KvmSystem
     from stratovirt.loop import EventLoop
     from stratovirt.machine.vcpus import VcpuThreads
+    from stratovirt.memory import RamRegion
     from stratovirt.snapshot.saved import Saved
 
 
@@ -42,14 +43,16 @@ class Processors:
         return ""
 
     @staticmethod
-    def create_ahead(system: KvmSystem) -> KvmVm | None:
+    def create_ahead(system: KvmSystem, memory: list[RamRegion]) -> KvmVm | None:
         """A VM as any machine will want it; None where that depends on what machine it is. Raises: HostError.
 
-        Its chips come before memory. What makes that expensive is the grace period of KVM's that begins with them; this VM is
-        for somebody who comes later. A vCPU is not made yet, because its time stamp counter would run.
+        If it gets its memory later, that is not expensive, in spite of the chips: the grace period of KVM's that begins with
+        them will have passed. A vCPU is not made yet, because its time stamp counter would run.
         """
         vm = KvmVm(system)
         try:
+            for region in memory:
+                vm.add_memory(region)
             _create_chips(vm)
             system.supported_cpuid()
         except HostError:
