@@ -226,3 +226,44 @@ def test_a_paused_machine_leaves_its_disk_alone(
         guest.execute("cont")
     status, output = guest.finish()
     assert (status, output.split()[0]) == (0, hashlib.md5(pattern()).hexdigest())
+
+
+FOLLOW = """
+size() { cat /sys/block/vda/size; }
+round=0
+while [ $round -lt 3 ]; do
+    while [ "$(size)" = 0 ]; do sleep 0.1; done
+    echo "in $(size) $(md5sum </dev/vda)"
+    yes "round $round" | head -c 1048576 >/tmp/block
+    dd if=/tmp/block of=/dev/vda bs=1M count=1 seek=$round conv=notrunc,fsync 2>/dev/null
+    echo "written $?" >&2
+    while [ "$(size)" != 0 ]; do sleep 0.1; done
+    head -c 512 /dev/vda | wc -c
+    round=$((round + 1))
+done
+"""
+
+
+@needs_storage_daemon
+def test_a_disk_of_another_process_comes_and_goes(
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path
+) -> None:
+    """Into a slot whose driver has been there since the boot, and out again, three times; the filters are on."""
+    image, socket = place / "image", place / "socket"
+    content = bytearray(4 * MEBIBYTE)
+    image.write_bytes(content)
+    backend(socket, *storage_daemon(socket, image))
+    guest = boot("small-elf", FOLLOW, shared=True, qmp=True, extra=("-chardev", f"socket,id=bd,path={socket}"))
+    expected = []
+    for number in range(3):
+        expected += [f"in {len(content) // 512} {hashlib.md5(content).hexdigest()}  -", "0"]
+        guest.execute("device_add", id="disk0", driver="vhost-user-blk-device", chardev="bd")
+        guest.wait_for(b"written 0\n", stream=guest.stderr, count=number + 1)
+        guest.execute("device_del", id="disk0")
+        assert guest.wait_event("DEVICE_DELETED")["data"]["device"] == "disk0"
+        content[number * MEBIBYTE : (number + 1) * MEBIBYTE] = (b"round %d\n" % number * MEBIBYTE)[:MEBIBYTE]
+        assert image.read_bytes() == content
+        guest.wait_for(b"\n0\n", stream=guest.stdout, count=number + 1)
+    status, output = guest.finish()
+    assert (status, output.splitlines()) == (0, expected)
+    assert "[seccomp]" not in guest.errors

@@ -33,12 +33,13 @@ TAP = "stratodpdk"
 pytestmark = pytest.mark.skipif(not os.path.exists(TESTPMD), reason="no dpdk-testpmd: Debian's dpdk-dev")
 
 
-def start_testpmd(backend: Callable[..., Backend], socket: Path, pairs: int = 1) -> Backend:
+def start_testpmd(backend: Callable[..., Backend], socket: Path, pairs: int = 1, keys: str = "") -> Backend:
     """Between vhost-user and a tap, which has the host's address."""
     process = backend(
         socket, TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--lcores", "(0-1)@0", "--file-prefix", socket.parent.name,
-        "--vdev", f"net_vhost0,iface={socket},queues={pairs}", "--vdev", f"net_tap0,iface={TAP}", "--", "--forward-mode=io",
-        "--auto-start", "--total-num-mbufs=8192", f"--rxq={pairs}", f"--txq={pairs}", "--stats-period=1000")
+        "--vdev", f"net_vhost0,iface={socket},queues={pairs}{keys}", "--vdev", f"net_tap0,iface={TAP}", "--",
+        "--forward-mode=io", "--auto-start", "--total-num-mbufs=8192", f"--rxq={pairs}", f"--txq={pairs}",
+        "--stats-period=1000")
     run("ip", "addr", "replace", f"{HOST}/24", "dev", TAP)
     run("ip", "link", "set", TAP, "up")
     return process
@@ -111,3 +112,31 @@ def test_the_back_end_dies_and_comes_back_and_the_guest_starts_again(
     guest.execute("quit")
     assert guest.wait_end() == 0
     assert "eth0: the back end at" in guest.errors
+
+
+def test_a_network_of_another_process_comes_and_goes(
+    boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path
+) -> None:
+    """Behind an interface whose driver has been there since the boot, with segmentation, for which DPDK has a key."""
+    start_testpmd(backend, place / "socket", keys=",tso=1")
+    carrier = "/sys/class/net/eth0/carrier"
+    command = f"""{CONFIGURE}
+    for round in 0 1 2; do
+        while [ "$(cat {carrier})" != 1 ]; do sleep 0.1; done
+        until ping -c 2 -W 2 -q {HOST} >/tmp/ping; do sleep 1; done
+        echo up
+        while [ "$(cat {carrier})" != 0 ]; do sleep 0.1; done
+        echo down
+    done
+    """
+    guest = boot("small-elf", command, shared=True, qmp=True, extra=("-chardev", f"socket,id=dpdk,path={place / 'socket'}"))
+    for number in range(3):
+        guest.execute("netdev_add", id="net0", type="vhost-user", chardev="dpdk")
+        guest.execute("device_add", id="net0", driver="virtio-net-device", netdev="net0")
+        guest.wait_for(b"up\n", stream=guest.stdout, count=number + 1)
+        guest.execute("device_del", id="net0")
+        guest.wait_event("DEVICE_DELETED")
+        guest.execute("netdev_del", id="net0")
+        guest.wait_for(b"down\n", stream=guest.stdout, count=number + 1)
+    assert guest.finish() == (0, "up\ndown\n" * 3)
+    assert "[seccomp]" not in guest.errors

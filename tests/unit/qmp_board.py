@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from stratovirt.backends.block import NoImage, RawImage
@@ -18,10 +19,11 @@ from stratovirt.machine.drivers import BLOCK
 from stratovirt.machine.events import EventHub
 from stratovirt.machine.hotplug import HotPlug
 from stratovirt.machine.slots import OccupiedSlot, empty_slots
+from stratovirt.memory import GuestMemory
 from stratovirt.virtio.block import VirtioBlock
 from stratovirt.virtio.net import VirtioNet
 from unit.virtio_devices import disk_content
-from unit.virtio_driver import CONFIG, Driver
+from unit.virtio_driver import CONFIG, Driver, guest_memory
 
 SECTOR = 512
 
@@ -47,9 +49,11 @@ class SocketTap(Tap):
 class Board:
     """The slots of a machine without the machine: six empty devices, each with a driver bound to it."""
 
-    def __init__(self, folder: Path, root: bool = False, spare: bool = False) -> None:
+    def __init__(self, folder: Path, root: bool = False, spare: bool = False, memory: Callable[[], GuestMemory] = guest_memory,
+                 modest: bool = False, rx_loop: bool = False) -> None:
         self.folder = folder
         self.loop = EventLoop()
+        self.rx_loop = EventLoop()
         self.config = VmConfig()
         self.hub = EventHub()
         self.events: list[tuple[str, object]] = []
@@ -57,8 +61,8 @@ class Board:
         self.drivers: list[Driver] = []
         slots: list[OccupiedSlot] = []
         for kind, slot in empty_slots([]):
-            device = (VirtioBlock(NoImage(), loop=self.loop) if kind == BLOCK
-                      else VirtioNet(NoTap(), bytes(6), self.loop))
+            device = (VirtioBlock(NoImage(), loop=self.loop, modest=modest) if kind == BLOCK
+                      else VirtioNet(NoTap(), bytes(6), self.loop, rx_loop=self.rx_loop if rx_loop else None))
             id = ""
             if root and slot.number == 0:
                 drive = DriveConfig("rootfs", self.image("root", 4), direct=False)
@@ -66,14 +70,14 @@ class Board:
                 self.config.devices.append(DeviceConfig("virtio-blk-device", "blk0", OptionValues(
                     {"drive": "rootfs", "iothread": None})))
                 device, id = VirtioBlock(RawImage(drive)), "blk0"
-            driver = Driver(device)
+            driver = Driver(device, memory())
             self.drivers.append(driver)
             slots.append(OccupiedSlot(id, slot, device, driver.transport))
         if spare:
             self.config.drives["spare"] = DriveConfig("spare", self.image("spare", 6), direct=False)
         self.migration = "none"
         self.state, self.chardevs, self.iothreads, self.balloon = "running", {}, {}, None
-        self.hotplug = HotPlug(self.config, slots, self.hub, {}, self.drivers[0].memory)
+        self.hotplug = HotPlug(self.config, slots, self.hub, {}, self.drivers[0].memory, self.loop)
         self.descriptors = Descriptors()
 
     def image(self, name: str, sectors: int = 8) -> str:
@@ -104,3 +108,4 @@ class Board:
         for driver in self.drivers:
             driver.close()
         self.loop.close()
+        self.rx_loop.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stratovirt.arch.x86_64.cpuid import Topology, vcpu_cpuid
@@ -67,6 +67,7 @@ def test_254_cpus_fit_into_8_bits_whatever_the_topology() -> None:
         assert max(ids) < 254
 
 
+@settings(deadline=None)
 @given(cpus=st.integers(1, 254), dies=st.integers(1, 4), cores=st.integers(1, 16), threads=st.integers(1, 4))
 def test_every_vcpu_reads_its_own_apic_id_everywhere(cpus: int, dies: int, cores: int, threads: int) -> None:
     topology = Topology(cpus, dies, cores, threads)

@@ -59,7 +59,7 @@ class Machine:
         self.chardevs = {"serial0": Console()}
         self.iothreads = {}
         self.balloon = None
-        self.hotplug = HotPlug(self.config, [], self.events, {}, guest_memory())
+        self.hotplug = HotPlug(self.config, [], self.events, {}, guest_memory(), self.loop)
 
     def vcpu_thread_ids(self):
         return [101, 102, 103, 104]

@@ -70,6 +70,7 @@ class Peer:
                 self.rings.clear()
                 for fd in self.fds:
                     os.close(fd)
+            self.socket.close()
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError):

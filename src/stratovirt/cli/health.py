@@ -185,6 +185,10 @@ def _check_devices(config: VmConfig) -> None:
                 raise ConfigError(f'Chardev "{chardev}" not found or is in use', option=f"{title},chardev", value=chardev,
                                   accepted="the id of a -chardev that nothing else uses")
             port_users.add(chardev)
+    if config.qmp and any(chardev.kind == "socket" and not chardev.server for chardev in config.chardevs.values()):
+        from stratovirt.cli.vhost_users import keep_spare
+
+        keep_spare(config, port_users)
     balloons = [device.id for device in config.devices if device.driver == "virtio-balloon-device"]
     if len(balloons) > 1:
         raise ConfigError(f"there is a balloon already: {balloons[0]}", option="-device virtio-balloon-device",

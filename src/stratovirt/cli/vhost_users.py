@@ -28,3 +28,18 @@ def claim(config: VmConfig, chardev: str, title: str, id: str) -> None:
                           accepted="with -machine mem-share=on, or with -object memory-backend-memfd,id=ID,size=SIZE,share=on "
                                    "and -machine memory-backend=ID")
     config.vhost_users[chardev] = found
+
+
+def keep_spare(config: VmConfig, taken: set[str]) -> None:
+    """Sockets that nothing listens on or uses are those of back ends for what is plugged in later; `taken`: used by ports.
+
+    Raises: ConfigError.
+    """
+    for id, chardev in list(config.chardevs.items()):
+        if chardev.kind == "socket" and chardev.path and not chardev.server and id not in taken:
+            if config.ram is None or not config.ram.share:
+                raise ConfigError("the back end of a vhost-user device maps the guest's memory, which must be shared",
+                                  option="-chardev socket", value=f"id={id}",
+                                  accepted="with -machine mem-share=on; or server,nowait for a socket to listen on")
+            config.vhost_users[id] = config.chardevs.pop(id)
+            config.spare_backends.append(id)

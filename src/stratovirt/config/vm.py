@@ -169,7 +169,7 @@ class VmConfig:
         "daemonize", "devices", "drives", "dump_guest_core", "freeze", "incoming", "initrd", "iothreads", "kernel",
         "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
         "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
-        "reboot_action", "rng_backends", "seccomp", "serial", "smp", "vhost_users",
+        "reboot_action", "rng_backends", "seccomp", "serial", "smp", "spare_backends", "vhost_users",
     )
 
     def __init__(self) -> None:
@@ -195,6 +195,7 @@ class VmConfig:
         self.serial: CharDeviceConfig | None = None
         self.chardevs: dict[str, CharDeviceConfig] = {}  # without those that others have taken: -serial, -mon,
         self.vhost_users: dict[str, CharDeviceConfig] = {}  # and devices with a back end in another process
+        self.spare_backends: list[str] = []  # those of them that no device uses yet
         self.drives: dict[str, DriveConfig] = {}
         self.rng_backends: dict[str, RngBackendConfig] = {}
         self.netdevs: dict[str, NetdevConfig] = {}

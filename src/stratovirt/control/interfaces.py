@@ -26,8 +26,13 @@ def _netdev_add(machine: MachineView, arguments: dict[str, Any], descriptors: De
     id = arguments["id"]
     if not 0 < len(id.encode("utf-8", "surrogatepass")) <= _ID_LIMIT:
         raise QmpError(f"`id` must have 1 to {_ID_LIMIT} bytes")
-    if arguments.get("type", "tap") != "tap":
-        raise QmpError(f"`type` {arguments['type']} cannot be plugged in: a microVM takes taps")
+    kind = arguments.get("type", "tap")
+    if arguments.get("macnat") and (arguments.get("vhost") or kind == "vhost-user"):
+        raise QmpError("macnat doesn't support vhost or vhost-user")
+    if kind == "vhost-user":
+        return _add_vhost_user(machine, arguments)
+    if kind != "tap":
+        raise QmpError(f"`type` {kind[:100]} cannot be plugged in: a microVM takes `tap` and `vhost-user`")
     fd_texts, vhost_texts = (_texts(arguments, name) for name in ("fd", "vhostfd"))
     ifname, vhost, queues = arguments.get("ifname", ""), arguments.get("vhost", False), arguments.get("queues", 1)
     if fd_texts and "ifname" in arguments:
@@ -50,6 +55,19 @@ def _netdev_add(machine: MachineView, arguments: dict[str, Any], descriptors: De
         for fd in taken:
             os.close(fd)
         raise
+    return {}
+
+
+def _add_vhost_user(machine: MachineView, arguments: dict[str, Any]) -> object:
+    for name in ("ifname", "fd", "fds", "vhost", "vhostfd", "vhostfds"):
+        if arguments.get(name):
+            raise QmpError(f"vhost-user netdev does not support '{name}' option")
+    queues = arguments.get("queues", 1)
+    if not 1 <= queues <= MAX_QUEUE_PAIRS:
+        raise QmpError(f"`queues` must be 1 to {MAX_QUEUE_PAIRS}")
+    if not arguments.get("chardev"):
+        raise QmpError("`chardev` must name the -chardev socket of the back end")
+    machine.hotplug.add_netdev(NetdevConfig(arguments["id"], queues=queues, chardev=arguments["chardev"]))
     return {}
 
 
@@ -91,17 +109,19 @@ def _set_link(machine: MachineView, id: str, up: bool) -> object:
 _UP = Member("up", BOOL, "Plug the cable in, or pull it out.")
 
 COMMANDS = (
-    DescriptorCommand("netdev_add", _netdev_add, "Open a tap, to be plugged in with device_add.", arguments=(
+    DescriptorCommand("netdev_add", _netdev_add,
+                      "Open a tap, or name a vhost-user back end, to be plugged in with device_add.", arguments=(
         Member("id", STR, "The name that device_add and netdev_del use."),
         Member("ifname", STR, "The name of the tap; it is created if need be.", True),
         Member("fd", STR, "A tap's descriptor: a name of getfd, or the number of one that was inherited.", True),
         Member("fds", STR, "The same for several queue pairs, joined by colons.", True),
-        Member("type", STR, "`tap`.", True),
+        Member("type", STR, "`tap`, or `vhost-user`.", True),
+        Member("chardev", STR, "The -chardev socket of a vhost-user back end, one that no device uses.", True),
         Member("queues", UINT16, "Queue pairs, 1 to 16; the slot must have as many.", True),
         Member("vhost", BOOL, "Let the host kernel move the packets.", True),
         Member("vhostfd", STR, "An open /dev/vhost-net, named like `fd`; with `vhost`.", True),
         Member("vhostfds", STR, "The same, one for each queue pair, joined by colons.", True),
-        *(Member(name, STR, "No effect.", True) for name in ("dnssearch", "script", "downscript", "chardev")),
+        *(Member(name, STR, "No effect.", True) for name in ("dnssearch", "script", "downscript")),
         Member("macnat", BOOL, "No effect.", True))),
     Command("netdev_del", _netdev_del, "Close a tap that no device uses, and forget its name.",
             arguments=(Member("id", STR, "Its name."),)),

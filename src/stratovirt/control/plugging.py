@@ -44,9 +44,15 @@ def _device_add(machine: MachineView, arguments: dict[str, Any]) -> object:
     id, driver = arguments["id"], arguments["driver"]
     if not 0 < len(id.encode("utf-8", "surrogatepass")) <= _ID_LIMIT:
         raise QmpError(f"`id` must have 1 to {_ID_LIMIT} bytes")
-    if driver.startswith("vhost-user") or driver.endswith("-pci"):
+    if driver.endswith("-pci"):
         raise QmpError("Unsupported replaceable device type.")
-    if "blk" in driver:
+    if driver.startswith("vhost-user"):
+        if "blk" not in driver:
+            raise QmpError("Unsupported replaceable device type.")
+        if "chardev" not in arguments:
+            raise QmpError("No chardev set")
+        machine.hotplug.plug_disk_elsewhere(id, arguments["chardev"], _slot(arguments))
+    elif "blk" in driver:
         if "drive" not in arguments:
             raise QmpError("No drive set")
         serial = arguments.get("serial", "")
@@ -66,7 +72,7 @@ def _device_del(machine: MachineView, arguments: dict[str, Any]) -> object:
 
 
 _NO_EFFECT: dict[str, Type] = {
-    "romfile": STR, "share-rw": ANY, "bus": STR, "chardev": STR, "disable-modern": ANY, "mq": ANY, "vectors": ANY,
+    "romfile": STR, "share-rw": ANY, "bus": STR, "disable-modern": ANY, "mq": ANY, "vectors": ANY,
     "iothread": STR, "multifunction": BOOL, "host": STR, "num-queues": UINT16, "boot_index": UINT8, "bootindex": INT,
     "sysfsdev": STR, "queue-size": UINT16, "port": STR, "backend": STR, "path": STR, "cameradev": STR, "hostbus": STR,
     "hostaddr": STR, "hostport": STR, "vendorid": STR, "productid": STR, "isobufs": STR, "isobsize": STR, "cpu-id": UINT8,
@@ -80,12 +86,15 @@ COMMANDS = (
             arguments=(
                 Member("id", STR, "The device's id: the node-name of blockdev-add or the id of netdev_add. With `drive` or "
                        "`netdev` naming that, any other."),
-                Member("driver", STR, "A name with `blk` or `net` in it, such as virtio-blk-mmio or virtio-net-device."),
+                Member("driver", STR, "A name with `blk` or `net` in it, such as virtio-blk-mmio or virtio-net-device; "
+                       "vhost-user-blk-device for a disk in another process."),
                 Member("addr", STR, "The slot, decimal or 0x hexadecimal: 0 to 3 for a disk, 0 or 1 for an interface.", True),
                 Member("lun", UINT64, "The slot less one, without `addr`. With neither the first free slot.", True),
                 Member("drive", STR, "The disk's node-name; required for a disk.", True),
                 Member("serial", STR, "The serial number that the guest sees.", True),
                 Member("netdev", STR, "The interface's netdev.", True),
+                Member("chardev", STR, "The -chardev socket of a vhost-user-blk device's back end, one that no device uses. "
+                       "Without effect for others.", True),
                 Member("mac", STR, "Its MAC address, for a guest that starts after this.", True),
                 *(Member(name, type, "No effect.", True) for name, type in _NO_EFFECT.items()),
             )),

@@ -212,7 +212,7 @@ def create_empty(around: Surroundings, kind: str, number: int) -> VirtioDevice:
         from stratovirt.backends.block import NoImage
         from stratovirt.virtio.block import VirtioBlock
 
-        return VirtioBlock(NoImage(), on_error=report, loop=around.loop)
+        return VirtioBlock(NoImage(), on_error=report, loop=around.loop, modest=bool(around.config.spare_backends))
     from stratovirt.backends.tap import NoTap
     from stratovirt.virtio.net import VirtioNet
 

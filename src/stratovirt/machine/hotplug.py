@@ -14,6 +14,8 @@ A node whose image was taken out keeps nothing open. It gives its name up to the
 expect; `device_add` opens it again, and `blockdev-del` forgets it, as QEMU's clients expect. Taps likewise, with `netdev_add`
 and `netdev_del`; but one that came as a descriptor cannot be opened again.
 
+A disk or interface whose back end is another process takes the whole device's place: `machine/hotplug_user.py`.
+
 Thread: the main loop's.
 """
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from stratovirt.config.vm import DriveConfig, NetdevConfig, VmConfig
     from stratovirt.iothread import IoThread
+    from stratovirt.loop import EventLoop
     from stratovirt.machine.events import EventHub
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.memory import GuestMemory
@@ -65,7 +68,7 @@ class BlockNode:
 
 
 class Netdev:
-    """A tap by its name, like BlockNode."""
+    """A tap by its name, like BlockNode; or the back end at a character device, which is connected to only while it is used."""
 
     __slots__ = ("backend", "config", "device", "taken_out")
 
@@ -80,14 +83,15 @@ class HotPlug:
     """The replaceable slots of one machine, and the back ends that are in them or wait outside."""
 
     def __init__(self, config: VmConfig, slots: list[OccupiedSlot], events: EventHub, iothreads: dict[str, IoThread],
-                 memory: GuestMemory) -> None:
+                 memory: GuestMemory, loop: EventLoop) -> None:
+        self._config = config
         self._memory = memory
+        self._loop = loop
         self._slots = {occupied.slot.number: occupied for occupied in slots}
         self._events = events
         self._nodes = {drive.id: BlockNode(drive, None) for drive in config.drives.values()}
-        # What another process moves the frames of cannot be taken out, but its cable can be pulled.
-        self._fixed = {netdev.id: "" for netdev in config.netdevs.values() if netdev.chardev}  # and the ids of their devices
-        self._netdevs = {netdev.id: Netdev(netdev, None) for netdev in config.netdevs.values() if not netdev.chardev}
+        self._netdevs = {netdev.id: Netdev(netdev, None) for netdev in config.netdevs.values()}
+        self._disks_elsewhere: dict[str, str] = {}  # the character device of each vhost-user disk that was plugged in
         self._threads: dict[int, IoThread] = {}  # of slots whose device is not on the main loop
         configured = {device.id: device for device in config.devices}
         for occupied in slots:
@@ -100,11 +104,10 @@ class HotPlug:
             if isinstance(there, VirtioBlock):
                 drive = config.drives[device.options.string("drive")]
                 self._nodes[drive.id] = BlockNode(drive, there.image, device.id)
-            elif not isinstance(there, VirtioNet):
-                self._fixed[device.options.string("netdev")] = device.id
             else:
                 netdev = config.netdevs[device.options.string("netdev")]
-                self._netdevs[netdev.id] = Netdev(netdev, NetBackend(there.taps, there.vhosts), device.id)
+                backend = NetBackend(there.taps, there.vhosts) if isinstance(there, VirtioNet) else None
+                self._netdevs[netdev.id] = Netdev(netdev, backend, device.id)
 
     def _on_its_loop(self, occupied: OccupiedSlot, change: Callable[[], Result]) -> Result:
         """Call `change` on the loop that owns the device in a slot. Raises: as it does; StateError when the loop is stuck."""
@@ -124,6 +127,10 @@ class HotPlug:
         if errors:
             raise errors[0]
         return results[0]
+
+    def _loop_of(self, occupied: OccupiedSlot) -> EventLoop:
+        thread = self._threads.get(occupied.slot.number)
+        return thread.loop if thread is not None else self._loop
 
     # -- disks
 
@@ -179,6 +186,33 @@ class HotPlug:
         self._on_its_loop(occupied, lambda: device.replace_image(image, serial))
         node.device = occupied.id = id
 
+    def plug_disk_elsewhere(self, id: str, chardev: str, slot: int | None) -> None:
+        """Put the disk of the vhost-user back end at `chardev` behind a slot. Raises: HotPlugError, ConfigError, HostError."""
+        from stratovirt.machine import hotplug_user
+
+        occupied = self._free_slot(BLOCK_SLOTS, slot, "block")
+        self._check_unused(id, "", "")
+        backend = hotplug_user.find_backend(self._config, chardev, self._memory)
+        self._check_chardev(chardev)
+        hotplug_user.plug_disk(occupied, backend, id, self._loop_of(occupied),
+                               lambda change: self._on_its_loop(occupied, change))
+        self._disks_elsewhere[id] = chardev
+        occupied.id = id
+
+    def _check_chardev(self, chardev: str) -> None:
+        user = next((id for id, name in self._disks_elsewhere.items() if name == chardev), "")
+        user = user or next((netdev.config.id for netdev in self._netdevs.values() if netdev.config.chardev == chardev), "")
+        if user:
+            raise HotPlugError(f'Chardev "{chardev}" is used by {user}')
+
+    def _unplug_elsewhere(self, occupied: OccupiedSlot) -> None:
+        from stratovirt.machine import hotplug_user
+
+        hotplug_user.unplug(occupied, self._config, self._loop_of(occupied),
+                            lambda change: self._on_its_loop(occupied, change))
+        self._disks_elsewhere.pop(occupied.id, None)
+        self._take_out_netdev(occupied.id)
+
     def _unplug_disk(self, occupied: OccupiedSlot, device: VirtioBlock) -> None:
         empty = NoImage()
         self._on_its_loop(occupied, lambda: device.replace_image(empty)).close()
@@ -191,8 +225,14 @@ class HotPlug:
     def add_netdev(self, config: NetdevConfig) -> None:
         """Open a tap. Raises: HotPlugError, ConfigError; descriptors in `config` then stay the caller's."""
         old = self._netdevs.get(config.id)
-        if config.id in self._fixed or (old is not None and not old.taken_out):
+        if old is not None and not old.taken_out:
             raise HotPlugError(f"Netdev {config.id} has been added")
+        if config.chardev:
+            from stratovirt.machine.hotplug_user import find_backend
+
+            find_backend(self._config, config.chardev, self._memory)
+            if old is None or old.config.chardev != config.chardev:
+                self._check_chardev(config.chardev)
         backends = [netdev.backend for netdev in self._netdevs.values() if netdev.backend is not None]
         in_use = {fd for backend in backends for fd in backend.descriptors}
         names = {backend.taps[0].name for backend in backends}
@@ -200,7 +240,7 @@ class HotPlug:
             raise HotPlugError("Tap device already in use")
         if not _make_room(self._netdevs, config.id):
             raise HotPlugError(f"There are {MAX_BACKENDS} netdevs already.")
-        self._netdevs[config.id] = Netdev(config, self._open_backend(config))
+        self._netdevs[config.id] = Netdev(config, None if config.chardev else self._open_backend(config))
 
     def _open_backend(self, netdev: NetdevConfig) -> NetBackend:
         try:
@@ -232,6 +272,9 @@ class HotPlug:
         occupied = self._free_slot(NET_SLOTS, slot, "net")
         self._check_unused(id, netdev.config.id, netdev.device)
         device = occupied.device
+        if netdev.config.chardev:
+            self._plug_interface_elsewhere(occupied, netdev, mac, id)
+            return
         if not isinstance(device, VirtioNet):
             raise HotPlugError("Unsupported replaceable device type.")
         if netdev.taken_out and (netdev.config.fds or netdev.config.vhost_fds):
@@ -243,18 +286,30 @@ class HotPlug:
         self._on_its_loop(occupied, lambda: device.replace_taps(backend.taps, mac, backend.vhosts))
         netdev.device = occupied.id = id
 
+    def _plug_interface_elsewhere(self, occupied: OccupiedSlot, netdev: Netdev, mac: bytes | None, id: str) -> None:
+        from stratovirt.machine import hotplug_user
+
+        backend = hotplug_user.find_backend(self._config, netdev.config.chardev, self._memory)
+        hotplug_user.plug_interface(occupied, backend, netdev.config.queues, mac, id, self._loop_of(occupied),
+                                    lambda change: self._on_its_loop(occupied, change))
+        netdev.taken_out = False
+        netdev.device = occupied.id = id
+
     def _unplug_interface(self, occupied: OccupiedSlot, device: VirtioNet) -> None:
         self._on_its_loop(occupied, lambda: device.replace_taps([NoTap()]))
+        self._take_out_netdev(occupied.id)
+
+    def _take_out_netdev(self, device: str) -> None:
         for netdev in self._netdevs.values():
-            if netdev.device == occupied.id:
+            if netdev.device == device:
                 netdev.device, netdev.backend, netdev.taken_out = "", None, True
 
     def set_link(self, id: str, up: bool) -> bool:
         """Plug the cable of an interface in or out; `id` is the device's or its netdev's. False: there is none."""
         netdev = self._netdevs.get(id)
-        wanted = netdev.device if netdev is not None else self._fixed.get(id, id)
+        wanted = netdev.device if netdev is not None else id
         interfaces: tuple[type[VirtioNet] | type[VhostUserNet], ...] = (VirtioNet,)
-        if self._fixed:
+        if any(each.config.chardev for each in self._netdevs.values()):
             from stratovirt.virtio.vhost_user_net import VhostUserNet
 
             interfaces = (VirtioNet, VhostUserNet)
@@ -299,6 +354,9 @@ class HotPlug:
             self._unplug_disk(occupied, device)
         elif isinstance(device, VirtioNet) and number in NET_SLOTS:
             self._unplug_interface(occupied, device)
+        elif (device.name == "vhost-user-blk" and number in BLOCK_SLOTS) or (
+                device.name == "vhost-user-net" and number in NET_SLOTS):
+            self._unplug_elsewhere(occupied)
         else:
             raise HotPlugError(f"Device {id} cannot be unplugged")
         occupied.id = ""

@@ -68,6 +68,7 @@ class MicroVm(Lifecycle):
         self.dirty: DirtyPages | None = None  # what is written, once somebody wants it counted
         self._incoming: Incoming | None = None
         self._make_boot: Callable[[], Boot] | None = None  # of a restored machine, which needs it for a reset only
+        self._device_loop = loop  # as devices see it
         self._hotplug: HotPlug | None = None
         self._asked: Callable[[], None] | None = None  # what the guest wants done, until it is done
 
@@ -100,7 +101,7 @@ class MicroVm(Lifecycle):
         for chardev in config.chardevs.values():
             self.chardevs[chardev.id] = self._create_chardev(chardev, "-chardev")
         self._create_iothreads(accelerator)
-        device_loop = accelerator.device_loop(self.loop, lambda function: function())
+        self._device_loop = device_loop = accelerator.device_loop(self.loop, lambda function: function())
         around = drivers.Surroundings(config, self.memory, device_loop, self.chardevs, self.iothreads,
                                       self._on_balloon)
         for device, slot in zip(devices, chosen, strict=True):
@@ -136,7 +137,7 @@ class MicroVm(Lifecycle):
         if self._hotplug is None:
             from stratovirt.machine.hotplug import HotPlug
 
-            self._hotplug = HotPlug(self.config, self.slots, self.events, self.iothreads, self.memory)
+            self._hotplug = HotPlug(self.config, self.slots, self.events, self.iothreads, self.memory, self._device_loop)
         return self._hotplug
 
     def _create_iothreads(self, accelerator: Accelerator) -> None:

@@ -67,7 +67,7 @@ class VirtioBlock(VirtioDevice):
     """One disk, or with a NoImage a drive with nothing in it; `replace_image` changes what is in it at any time.
 
     `on_error` hears of I/O errors of the image, for the log; `loop` is the device's, which engines and a limit
-    of the request rate need. The limit holds for each queue by itself.
+    of the request rate need. The limit holds for each queue by itself. `modest`: a vhost-user back end may take its place.
     """
 
     device_id = 2
@@ -75,8 +75,9 @@ class VirtioBlock(VirtioDevice):
 
     def __init__(self, image: RawImage, queue_size: int = 256, serial: str = "",
                  on_error: Callable[[HostError], None] | None = None, *,
-                 loop: EventLoop | None = None, queues: int = 1) -> None:
+                 loop: EventLoop | None = None, queues: int = 1, modest: bool = False) -> None:
         super().__init__()
+        self._modest = modest
         self.queue_sizes = (queue_size,) * queues
         self._on_error = on_error
         self._loop = loop
@@ -96,8 +97,8 @@ class VirtioBlock(VirtioDevice):
         self.serial = serial.encode("ascii", "replace")[:SERIAL_SIZE].ljust(SERIAL_SIZE, b"\0")
         self.sectors = image.size // SECTOR_SIZE
         # A driver that has negotiated already does not see these change: its writes to a read-only image fail.
-        self.features = 1 << F_VERSION_1 | features_of(image, queues)
-        self.config = config_of(image, queues, self.queue_sizes[0])
+        self.features = 1 << F_VERSION_1 | features_of(image, queues, self._modest)
+        self.config = config_of(image, queues, self.queue_sizes[0], self._modest)
         self._asynchronous = self._loop is not None and image.engine != "off"
         self._buckets = []
         if self._loop is not None and image.iops_limit:
@@ -332,7 +333,7 @@ class VirtioBlock(VirtioDevice):
         if size > image.size:
             image.size = size
             self.sectors = size // SECTOR_SIZE
-            self.config = config_of(image, len(self.queue_sizes), self.queue_sizes[0])
+            self.config = config_of(image, len(self.queue_sizes), self.queue_sizes[0], self._modest)
             if self.transport is not None:
                 self.transport.notify_config()
 

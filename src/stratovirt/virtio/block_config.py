@@ -7,6 +7,7 @@ import struct
 from stratovirt.backends.block import SECTOR_SIZE, RawImage
 from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC
 
+F_SIZE_MAX = 1
 F_SEG_MAX = 2
 F_RO = 5
 F_BLK_SIZE = 6
@@ -15,6 +16,9 @@ F_TOPOLOGY = 10
 F_MQ = 12
 F_DISCARD = 13
 F_WRITE_ZEROES = 14
+
+# What every back end takes that may come into a drive later: qemu-storage-daemon has just these.
+MODEST_SEGMENTS, MODEST_SEGMENT_SIZE = 126, 65536
 
 MAX_RANGE_SECTORS = 0x7F_FFFF  # of one discard or write-zeroes request, which has one range
 
@@ -27,11 +31,13 @@ CONFIG_SIZE = _CONFIG.size
 assert CONFIG_SIZE == 60
 
 
-def features_of(image: RawImage, queues: int) -> int:
+def features_of(image: RawImage, queues: int, modest: bool = False) -> int:
     """What a driver may use. A drive with nothing in it offers all that a disk could have that comes into it later."""
     features = 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX | 1 << F_FLUSH | 1 << F_SEG_MAX | 1 << F_BLK_SIZE | 1 << F_TOPOLOGY
     if queues > 1:
         features |= 1 << F_MQ
+    if modest:
+        features |= 1 << F_SIZE_MAX
     if image.readonly:
         features |= 1 << F_RO
     empty = image.size == 0
@@ -42,15 +48,19 @@ def features_of(image: RawImage, queues: int) -> int:
     return features
 
 
-def config_of(image: RawImage, queues: int, queue_size: int) -> bytes:
-    """Any sector can be read and written; the topology tells in which units the host does that best."""
+def config_of(image: RawImage, queues: int, queue_size: int, modest: bool = False) -> bytes:
+    """Any sector can be read and written; the topology tells in which units the host does that best.
+
+    `modest`: requests are to be such that a vhost-user back end can take the drive over.
+    """
+    segments = max(queue_size - 2, 1)  # two descriptors of every request are header and status
     block = image.block_size // SECTOR_SIZE
     discard = image.size == 0 or image.discards
     zeroes = discard or image.detect_zeroes != "off"
     return _CONFIG.pack(
         image.size // SECTOR_SIZE,
-        0,
-        max(queue_size - 2, 1),  # two descriptors of every request are header and status
+        MODEST_SEGMENT_SIZE if modest else 0,
+        min(segments, MODEST_SEGMENTS) if modest else segments,
         SECTOR_SIZE,
         block.bit_length() - 1, 0, block, 0,
         0,

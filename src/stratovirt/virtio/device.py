@@ -113,6 +113,19 @@ class VirtioDevice:
     def resume(self) -> None:
         """The machine goes on."""
 
+    def hand_over(self) -> list[Virtqueue | None]:
+        """Leave the slot to another device. The queues of a driver that is ready, [] without one: in them every chain that was
+        taken has been returned, or is available again. What the device stands on is closed. Thread: the device's loop.
+        """
+        with self._work:
+            self.on_leave()
+            queues = self.queues if self.active else []
+            self.active, self.queues = False, []
+        return queues
+
+    def on_leave(self) -> None:
+        """For a device that takes chains, or has something to close. Called with `_work` held."""
+
     # -- snapshots, in a machine that stands still
 
     def outstanding(self) -> list[memoryview]:

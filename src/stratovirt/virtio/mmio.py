@@ -25,6 +25,7 @@ import os
 from _thread import allocate_lock
 
 from stratovirt.errors import GuestError
+from stratovirt.loop import READ
 from stratovirt.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from stratovirt.virtio.queue import Virtqueue, check_geometry
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
+    from stratovirt.loop import EventLoop
     from stratovirt.memory import GuestMemory
     from stratovirt.snapshot.saved import Saved
     from stratovirt.virtio.device import VirtioDevice
@@ -349,6 +351,28 @@ class VirtioMmio:
         os.eventfd_write(self.notify_fds[index], 1)
 
     # -- for the machine
+
+    def replace_device(self, device: VirtioDevice, loop: EventLoop) -> None:
+        """Another device in this slot, with queues like those of the present one and for its driver, which is told that the
+        config space has changed. Thread: `loop`, which owns both.
+        """
+        with self._lock:
+            old = self.device
+            queues = old.hand_over()
+            for index, fd in enumerate(self.notify_fds):
+                before, after = old.loop_of(index) or loop, device.loop_of(index) or loop
+                if before is not after:
+                    before.remove(fd)
+                    after.add(fd, READ, lambda _events, index=index: self.on_notify(index))  # type: ignore[misc]
+            old.transport, device.transport = None, self
+            device.driver_features = old.driver_features
+            self.device = device
+            if queues:
+                device.activate(queues)
+        self.notify_config()
+        self.notify_used()  # nobody knows any more what the old one has told the driver
+        for index in range(len(self.notify_fds)):
+            self.requeue(index)
 
     def on_notify(self, index: int) -> None:
         """The notification of a queue arrived on its eventfd. Thread: the device's loop."""

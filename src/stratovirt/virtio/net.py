@@ -113,6 +113,16 @@ class VirtioNet(VirtioDevice):
     def vhosts(self) -> list[VhostNet]:
         return [pair.vhost for pair in self.pairs if pair.vhost is not None]
 
+    @property
+    def pairs_in_use(self) -> int:
+        return self._pairs.wanted
+
+    def go_on_from(self, filter: ReceiveFilter, pairs: int) -> None:
+        """The driver has told this to the device whose place this one takes."""
+        self.filter = filter
+        self._pairs.enable(pairs)
+        self._set_config()
+
     # -- for its pairs
 
     @property
@@ -228,6 +238,10 @@ class VirtioNet(VirtioDevice):
         self._tap_gone = True
         self._sync()
         self._pairs.disconnect()
+
+    def on_leave(self) -> None:
+        self.close()
+        self._pairs.give_back()
 
     def save(self) -> dict[str, object]:
         # `cable`: whether the host has plugged it in, which a tap that is gone says nothing about

@@ -57,7 +57,8 @@ class ReceiveFilter:
 
     def filter_vlans(self) -> None:
         """The driver negotiated CTRL_VLAN: tagged frames pass once it has added their VLAN."""
-        self._vlans = set()
+        if self._vlans is None:
+            self._vlans = set()
         self._everything = False
 
     # -- snapshots

@@ -138,6 +138,11 @@ class Pairs:
             pair.sender.attach(pair.tap)
         return True
 
+    def give_back(self) -> None:
+        """Nothing that was popped is kept by any pair."""
+        for pair in self.all:
+            self._give_back(pair)
+
     def _give_back(self, pair: Pair) -> None:
         """What was popped and not returned is available again, for whoever serves the queues next."""
         for half in pair.halves:

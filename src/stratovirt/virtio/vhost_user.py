@@ -69,6 +69,7 @@ class VhostUserDevice(VirtioDevice):
         self._served: list[int] = []  # the queues that the back end has now
         self._orphaned = False  # a back end was lost that had the queues, and nobody has looked yet how they stand
         self._pause = backend.reconnect
+        self._left = False
         connection = self._connect()
         self.features = connection.features & (_RING_FEATURES | self.usable_features)
         if self.needed_config:
@@ -79,6 +80,11 @@ class VhostUserDevice(VirtioDevice):
         loop.add(self._call_fd, READ, self._on_call)
         loop.add(self._error_fd, READ, self._on_broken_ring)
         self._watch(connection)
+
+    @property
+    def chardev(self) -> str:
+        """The id of the back end's character device."""
+        return self._backend.id
 
     # -- the connection
 
@@ -126,7 +132,8 @@ class VhostUserDevice(VirtioDevice):
 
     def _try_later(self) -> None:
         def attempt() -> None:
-            start_new_thread(self._reconnect, ())
+            if not self._left:
+                start_new_thread(self._reconnect, ())
 
         self._loop.call_later(self._pause, attempt)
         self._pause = min(2 * self._pause, max(LONGEST_PAUSE, self._backend.reconnect))
@@ -148,6 +155,9 @@ class VhostUserDevice(VirtioDevice):
         self._loop.call_soon(lambda: self._reconnected(connection, config))
 
     def _reconnected(self, connection: VhostUser, config: bytes) -> None:
+        if self._left:
+            connection.close()
+            return
         missing = (self.driver_features if self.active else self.features) & ~connection.features & (
             _RING_FEATURES | self.usable_features)
         if missing:
@@ -168,6 +178,15 @@ class VhostUserDevice(VirtioDevice):
         if changed and self.transport is not None:
             self.transport.notify_config()
         self._tell_driver()
+
+    def check_features(self, negotiated: int, duties: int) -> None:
+        """Can the back end serve a driver that has negotiated so much with another device? `duties`: beside those of the rings,
+        features that bind the device. All others only allow it something. Raises: BackendError.
+        """
+        connection = self._connection
+        missing = negotiated & (_RING_FEATURES | duties) & ~(connection.features if connection is not None else 0)
+        if missing:
+            raise BackendError(f"the back end at {self._backend.path} lacks features that the driver uses: {missing:#x}")
 
     def connection_changed(self, connected: bool) -> None:
         """For a device that shows it to the driver. Called with `_work` held."""
@@ -198,11 +217,23 @@ class VhostUserDevice(VirtioDevice):
             self._sync()
         self._tell_driver()
 
+    def on_leave(self) -> None:
+        self._left = True
+        self._sync()
+        self._take_over()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._loop.remove(connection.fd)
+            connection.close()
+        for fd in (self._call_fd, self._error_fd):
+            self._loop.remove(fd)
+            os.close(fd)
+
     def _sync(self) -> None:
         """Give the queues to whom they belong now. With `_work` held."""
         self._take_over()
         connection = self._connection
-        wanted = self.active and not self._paused and self.is_wired
+        wanted = self.active and not self._paused and self.is_wired and not self._left
         if connection is not None and bool(self._served) != wanted:
             try:
                 if wanted:
@@ -255,7 +286,7 @@ class VhostUserDevice(VirtioDevice):
 
     def _take_over(self) -> None:
         """Answer what a back end has left behind, unless the machine is to stand still. With `_work` held."""
-        if not self._orphaned or not self.active or self._paused:
+        if not self._orphaned or not self.active or (self._paused and not self._left):
             return
         self._orphaned = False
         try:

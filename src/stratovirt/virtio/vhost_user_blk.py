@@ -6,7 +6,9 @@ It is read when the connection is made: a change of the disk's size afterwards i
 
 from __future__ import annotations
 
+from stratovirt.backends.block import SECTOR_SIZE
 from stratovirt.errors import GuestError
+from stratovirt.vhost.user import BackendError
 from stratovirt.virtio.block_config import (
     CONFIG_SIZE,
     F_BLK_SIZE,
@@ -15,6 +17,7 @@ from stratovirt.virtio.block_config import (
     F_MQ,
     F_RO,
     F_SEG_MAX,
+    F_SIZE_MAX,
     F_TOPOLOGY,
     F_WRITE_ZEROES,
 )
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
     from stratovirt.errors import StratoVirtError
     from stratovirt.loop import EventLoop
     from stratovirt.vhost.user import BackendSocket
+    from stratovirt.virtio.block import VirtioBlock
     from stratovirt.virtio.queue import Chain
 
-F_SIZE_MAX = 1
-_SEG_MAX, _NUM_QUEUES = slice(12, 16), slice(34, 36)
+_SIZE_MAX, _SEG_MAX, _BLK_SIZE, _NUM_QUEUES = slice(8, 12), slice(12, 16), slice(20, 24), slice(34, 36)
+_NO_LIMIT = 1 << 32
 _HEADER_AND_STATUS = 2
 _S_IOERR = 1
 
@@ -49,7 +53,24 @@ class VhostUserBlk(VhostUserDevice):
         if queues == 1:
             self.features &= ~(1 << F_MQ)
 
+    def check_driver(self, before: VirtioBlock) -> None:
+        """Can the driver of `before`, which has read that one's config space, go on with this disk? Raises: BackendError."""
+        if not before.active:
+            return
+        self.check_features(before.driver_features, 1 << F_FLUSH)
+        theirs, told = self._back_ends_config, before.config
+        limits = (("segments in a request", F_SEG_MAX, _SEG_MAX), ("bytes in a segment", F_SIZE_MAX, _SIZE_MAX))
+        for what, feature, place in limits:
+            most = int.from_bytes(theirs[place], "little") if self.features >> feature & 1 else 0
+            allowed = int.from_bytes(told[place], "little") if before.driver_features >> feature & 1 else _NO_LIMIT
+            if most and allowed > most:
+                raise BackendError(f"the back end takes {most} {what}, and the guest's driver knows of no such limit")
+        block = int.from_bytes(theirs[_BLK_SIZE], "little") if self.features >> F_BLK_SIZE & 1 else SECTOR_SIZE
+        if block > SECTOR_SIZE:
+            raise BackendError(f"the back end has blocks of {block} bytes, and the guest's driver has seen {SECTOR_SIZE}")
+
     def make_config(self, config: bytes) -> bytes:
+        self._back_ends_config = config
         changed = bytearray(config)
         segments = int.from_bytes(config[_SEG_MAX], "little")
         largest = max(self.queue_sizes[0] - _HEADER_AND_STATUS, 1)

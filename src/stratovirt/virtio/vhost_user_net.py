@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from stratovirt.errors import StratoVirtError
     from stratovirt.loop import EventLoop
     from stratovirt.vhost.user import BackendSocket
+    from stratovirt.virtio.net import VirtioNet
     from stratovirt.virtio.queue import Chain, Virtqueue
 
 F_MRG_RXBUF = 15
+F_CTRL_VLAN = 19
 F_MQ = 22
 # CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_UFO, HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_UFO
 _OFFLOADS = (0, 1, 7, 8, 9, 10, 11, 12, 13, 14)
+# What a driver then expects: CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN, HOST_UFO, and buffers used as it lays them out.
+_DUTIES = sum(1 << bit for bit in (0, 11, 12, 13, 14, F_MRG_RXBUF))
 # MAC, STATUS, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, CTRL_MAC_ADDR
 _OURS = sum(1 << bit for bit in (5, 16, 17, 18, 19, 20, 23))
 
@@ -50,10 +54,15 @@ class VhostUserNet(VhostUserDevice):
         self.filter = ReceiveFilter(mac)
         self.pairs = pairs
         self.link_up = True
-        self._pairs_in_use = 1
+        self.pairs_in_use = 1
         super().__init__(backend, (*(queue_size,) * (2 * pairs), _CONTROL_SIZE), loop, on_error)
         self.features |= _OURS | (1 << F_MQ if pairs > 1 else 0)
         self._set_config()
+
+    def activate(self, queues: list[Virtqueue | None]) -> None:
+        if self.driver_features >> F_CTRL_VLAN & 1:
+            self.filter.filter_vlans()
+        super().activate(queues)
 
     # -- queues
 
@@ -64,7 +73,7 @@ class VhostUserNet(VhostUserDevice):
         return index < 2 * self.pairs and index != self._control_index()
 
     def is_enabled(self, index: int) -> bool:
-        return index < 2 * self._pairs_in_use
+        return index < 2 * self.pairs_in_use
 
     def backend_features(self) -> int:
         return self.driver_features & ~_OURS
@@ -90,6 +99,17 @@ class VhostUserNet(VhostUserDevice):
     def handle(self, index: int, queue: Virtqueue, chain: Chain) -> int:
         """A command; or a frame that nobody takes."""
         return self._command(chain) if index == self._control_index() else 0
+
+    def check_driver(self, before: VirtioNet) -> None:
+        """Let the driver of `before` go on with this interface: its filter and pairs are taken over. Raises: BackendError."""
+        if before.active:
+            self.check_features(before.driver_features, _DUTIES)
+        mac, self.filter = self.filter.own_mac, before.filter
+        self.filter.own_mac = mac
+        if not before.active:
+            self.filter.reset()
+        self.pairs_in_use = before.pairs_in_use
+        self._set_config()
 
     # -- link and config space
 
@@ -122,7 +142,7 @@ class VhostUserNet(VhostUserDevice):
     def on_reset(self) -> None:
         super().on_reset()
         self.filter.reset()
-        self._pairs_in_use = 1
+        self.pairs_in_use = 1
         self._set_config()
 
     # -- the control queue
@@ -138,7 +158,7 @@ class VhostUserNet(VhostUserDevice):
         count = int.from_bytes(data, "little")
         if command != MQ_PAIRS_SET or len(data) != 2 or not self.driver_features >> F_MQ & 1 or not 1 <= count <= self.pairs:
             return False
-        before, self._pairs_in_use = self._pairs_in_use, count
+        before, self.pairs_in_use = self.pairs_in_use, count
         connection = self._connection
         if connection is not None and self._served:
             try:
