@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from stratovirt.address_map import AddressMap
+from stratovirt.arch.x86_64 import layout
 from stratovirt.backends.tap import NoTap, TapGoneError
 from stratovirt.errors import ConfigError, HostError, StratoVirtError
 from stratovirt.iothread import IoThread
 from stratovirt.loop import READ, EventLoop
+from stratovirt.machine.slots import plug
 from stratovirt.vhost.kernel import KernelVhost
 from stratovirt.vhost.net import VhostNet, open_vhost_net
 from stratovirt.virtio.net import VirtioNet
@@ -44,6 +47,7 @@ from unit.virtio_driver import (
     VERSION_1,
     Driver,
     GuestQueue,
+    Line,
     guest_memory,
 )
 
@@ -391,6 +395,43 @@ def test_the_last_interrupt_of_a_kernel_thread_is_not_lost(make: Callable[..., P
     assert driver.kernels[0].runs_on == -1
     assert driver.read(INTERRUPT_STATUS) & 1 and driver.line.count >= before + 2
     driver.write(INTERRUPT_ACK, 3)
+    assert driver.read(INTERRUPT_STATUS) == 0
+
+
+class Wiring:
+    """What KVM is told of a slot."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.ioeventfds: list[tuple[int, int, int]] = []
+
+    def add_memory(self, region: object) -> None: ...
+
+    def create_irqfd(self, gsi: int) -> Line:
+        return self.line
+
+    def add_ioeventfd(self, fd: int, address: int, length: int, datamatch: int) -> None:
+        os.fstat(fd)
+        self.ioeventfds.append((address, length, datamatch))
+
+
+@pytest.mark.parametrize("vhost", [False, True])
+def test_acknowledging_vhosts_interrupts_is_no_exit(make: Callable[..., PairsDriver], vhost: bool) -> None:
+    driver = make(pairs=1, vhost=vhost)
+    slot = layout.slot(4)
+    wiring = Wiring(driver.line)
+    occupied = plug(driver.net, "n", slot, wiring, driver.memory, AddressMap(), EventLoop())
+    swallowed = [(address, length, value) for address, length, value in wiring.ioeventfds if address & 0x1FF == INTERRUPT_ACK]
+    assert swallowed == ([(base + INTERRUPT_ACK, 4, 1) for base in slot.windows] if vhost else [])
+    driver.transport, driver.window = occupied.transport, occupied.transport.windows[0]
+    assert driver.read(INTERRUPT_STATUS) == 0
+    driver.start(VERSION_1)
+    driver.net.replace_taps([NoTap()])  # no kernel thread any more, and still nobody hears of the acknowledgement
+    driver.write(INTERRUPT_ACK, 2)
+    if not vhost:
+        driver.write(INTERRUPT_ACK, 1)
+    assert driver.read(INTERRUPT_STATUS) == int(vhost)
+    driver.write(STATUS, 0)
     assert driver.read(INTERRUPT_STATUS) == 0
 
 

@@ -7,6 +7,8 @@ each when the machine has a QMP listener, for what is plugged in later (`machine
 
 from __future__ import annotations
 
+import os
+
 from stratovirt import log
 from stratovirt.errors import ConfigError, GuestError
 from stratovirt.loop import READ, EventLoop
@@ -66,7 +68,7 @@ def empty_slots(chosen: list[Slot]) -> list[tuple[str, Slot]]:
 def plug(device: VirtioDevice, id: str, slot: Slot, vm: Wiring, memory: GuestMemory, mmio: AddressMap,
          loop: EventLoop) -> OccupiedSlot:
     """Wire a device into its slot: registers in its windows, one interrupt, an ioeventfd for each queue and window."""
-    from stratovirt.virtio.mmio import QUEUE_NOTIFY, VirtioMmio
+    from stratovirt.virtio.mmio import INTERRUPT_ACK, INTERRUPT_USED, QUEUE_NOTIFY, VirtioMmio
 
     def report(error: GuestError) -> None:
         log.guest_warn(id or f"slot {slot.number}", str(error))
@@ -76,6 +78,14 @@ def plug(device: VirtioDevice, id: str, slot: Slot, vm: Wiring, memory: GuestMem
         mmio.claim(base, layout.VIRTIO_MMIO_SIZE, window)
         for index, fd in enumerate(transport.notify_fds):
             vm.add_ioeventfd(fd, base + QUEUE_NOTIFY, 4, index)
+    if device.interrupted_by_kernel:
+        # An interrupt of vhost's costs the guest two exits: for the reason, and for its acknowledgement. With vhost the reason
+        # is always the same, so nobody needs to hear the second: KVM takes the write, and signals what nobody listens to.
+        unheard = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        for base in slot.windows:
+            vm.add_ioeventfd(unheard, base + INTERRUPT_ACK, 4, INTERRUPT_USED)
+        os.close(unheard)  # KVM has it
+        transport.acks_vanish = True
     for index, fd in enumerate(transport.notify_fds):
         if index not in device.external_queues:
             (device.loop_of(index) or loop).add(fd, READ, _notifier(transport, index))

@@ -76,6 +76,8 @@ class VirtioDevice:
     queue_sizes: tuple[int, ...] = ()
     external_queues: frozenset[int] = frozenset()
     """Queues that somebody else serves (the kernel's vhost, another process): their notifications do not come here."""
+    interrupted_by_kernel = False
+    """The kernel's vhost serves its queues, as a rule, and raises the interrupt line."""
     others_interrupt = False
     """Somebody else raises the interrupt line as well: whenever the driver asks, buffers may have been used."""
 

@@ -53,6 +53,7 @@ VERSION = 2
 CONFIG_SPACE = 0x100
 WINDOW_SIZE = 0x200
 QUEUE_NOTIFY = 0x050
+INTERRUPT_ACK = 0x064
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DEVICE_NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 _DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
@@ -93,6 +94,7 @@ class VirtioMmio:
         self.notify_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in device.queue_sizes]
         self.windows = (Window(self), Window(self))
         device.transport = self
+        self.acks_vanish = False  # KVM swallows the acknowledgement of INTERRUPT_USED alone
         self._lock = allocate_lock()
         self._clear()
 
@@ -120,6 +122,8 @@ class VirtioMmio:
             return 0
         if offset == 0x060:
             used = self._used_pending or self.device.others_interrupt  # those set no flag here, and any interrupt may be theirs
+            if self.acks_vanish and self.status & DRIVER_OK:
+                used = True  # one too many does no harm: the driver looks at its queues
             return (INTERRUPT_USED if used else 0) | (INTERRUPT_CONFIG if self._config_pending else 0)
         if offset == 0x070:
             return self.status | (DEVICE_NEEDS_RESET if self.broken else 0)
@@ -152,7 +156,7 @@ class VirtioMmio:
             return
         if size != 4 or offset & 3:
             return
-        if offset == 0x064:
+        if offset == INTERRUPT_ACK:
             if value & INTERRUPT_USED:
                 self._used_pending = False
             if value & INTERRUPT_CONFIG:

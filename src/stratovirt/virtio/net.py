@@ -91,6 +91,7 @@ class VirtioNet(VirtioDevice):
             for number, tap in enumerate(taps)]
         self._pairs = Pairs(self, self.pairs, loop)
         self._work = self._pairs.locks
+        self.interrupted_by_kernel = bool(vhosts)
         self._offer(taps[0], vhosts)
         self._set_config()
         self._pairs.connect(taps, vhosts)

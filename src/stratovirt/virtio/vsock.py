@@ -46,6 +46,7 @@ class VhostVsock(VirtioDevice):
     name = "vhost-vsock"
     queue_sizes = (256, 256, 256)
     external_queues = frozenset((RX, TX))
+    interrupted_by_kernel = True
 
     def __init__(self, backend: KernelVhost, guest_cid: int, loop: EventLoop,
                  on_error: Callable[[HostError], None] | None = None) -> None:
