@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import compileall
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,13 +52,16 @@ def _output(command: list[str]) -> str:
 
 
 def _tell(report: Report, case: str, records: list[Record], folder: Path) -> None:
-    times = {name: [_ms(record["nanoseconds"]) for record in _select(records, "time", name)] for name in (OURS, PEER)}
-    for name, runs in times.items():
-        report.say(f"{case}, {name}: {', '.join(f'{run:.1f}' for run in sorted(runs))} ms")
-    # The least: what a run has more is no work, but a wait for the machine below, during which this clock runs at any speed.
-    report.line(f"{case}, process start to init", min(times[OURS]), "ms", PEER, min(times[PEER]))
-    report.line(f"{case}, spread of the runs", max(times[OURS]) - min(times[OURS]), "ms",
-                PEER, max(times[PEER]) - min(times[PEER]))
+    runs = {name: _select(records, "time", name) for name in (OURS, PEER)}
+    times = {name: [_ms(run["nanoseconds"]) for run in runs[name]] for name in runs}
+    busy = {name: [_ms(run["busy"]) for run in runs[name]] for name in runs}
+    for name in runs:
+        each = (f"{work:.1f} of {time:.1f}" for time, work in zip(times[name], busy[name], strict=True))
+        report.say(f"{case}, {name}: work {', '.join(each)} ms")
+    report.line(f"{case}, process start to init", statistics.median(busy[OURS]), "ms", PEER, statistics.median(busy[PEER]))
+    report.line(f"{case}, with waits", statistics.median(times[OURS]), "ms", PEER, statistics.median(times[PEER]))
+    report.line(f"{case}, spread of the runs", max(busy[OURS]) - min(busy[OURS]), "ms",
+                PEER, max(busy[PEER]) - min(busy[PEER]))
     (phases,) = _select(records, "phases", OURS)
     table = durations(_integer(phases["began"]), f"{phases['report']}{_GUEST}\t{phases['ended']}\n")
     for phase, milliseconds in table.items():
@@ -78,7 +82,7 @@ def _tell(report: Report, case: str, records: list[Record], folder: Path) -> Non
     _side_by_side(report, f"{case}, exits to KVM", answered)
     _side_by_side(report, f"{case}, the processor's exits", {name: _counts(traces[name]["reasons"]) for name in (OURS, PEER)})
     report.line(f"{case}, entries into the guest", entries[0], "entries", PEER, entries[1])
-    report.say(f"{case}: {min(times[OURS]) / min(times[PEER]):.3f} of QEMU's instructions")
+    report.say(f"{case}: {statistics.median(busy[OURS]) / statistics.median(busy[PEER]):.3f} of QEMU's instructions")
 
 
 def _side_by_side(report: Report, case: str, counts: dict[str, dict[str, int]]) -> None:

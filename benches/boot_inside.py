@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
             say(f"{case}: {monitor}")
             boot(command, _MARK[monitor], deadline=_FIRST_DEADLINE)  # the first run fills caches
             for _ in range(count):
-                tell("time", case, monitor, nanoseconds=boot(command, _MARK[monitor])[1])
+                _, nanoseconds, busy = boot(command, _MARK[monitor])
+                tell("time", case, monitor, nanoseconds=nanoseconds, busy=busy)
             say(f"{case}: {monitor}: tracing")
             trace = f"trace.{number}.{OURS_FIRST.index(monitor)}"
             reasons = kvm_trace.record(lambda command=command, mark=_MARK[monitor]: boot(command, mark), folder / trace)  # type: ignore[misc]
@@ -79,8 +80,10 @@ def qemu(kernel: Path, initramfs: Path, words: str) -> list[str]:
 
 
 def boot(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]] = (),
-         deadline: float = _DEADLINE) -> tuple[int, int]:
-    """Start, wait until `mark` comes on stderr, kill: when it began, and how many ns until then."""
+         deadline: float = _DEADLINE) -> tuple[int, int, int]:
+    """Start, wait until `mark` comes on stderr, kill: when it began, how many ns until then, and for how many of them the
+    processor had work.
+    """
     for _ in range(ATTEMPTS):
         times = _attempt(command, mark, extra, deadline)
         if times is not None:
@@ -89,11 +92,12 @@ def boot(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]] = (),
     sys.exit(f"{command[0]}: the guest does not get to its init")
 
 
-def _attempt(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]], deadline: float) -> tuple[int, int] | None:
+def _attempt(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]], deadline: float) -> tuple[int, int, int] | None:
     """None: not in time."""
     read_end, write_end = os.pipe()
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)]
     actions = [*null, (os.POSIX_SPAWN_DUP2, write_end, 2), *extra]
+    worked = _work()
     began = time.monotonic_ns()
     pid = os.posix_spawnp(command[0], command, os.environ, file_actions=actions)
     os.close(write_end)
@@ -104,16 +108,23 @@ def _attempt(command: list[str], mark: bytes, extra: Iterable[tuple[int, ...]], 
             sys.exit(f"{command[0]} ended before the guest wrote to the boot-time port: {said.decode(errors='replace')}")
         said += piece
     ended = time.monotonic_ns()
+    worked = _work() - worked
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(read_end)
-    return (began, ended - began) if mark in said else None
+    return (began, ended - began, worked) if mark in said else None
+
+
+def _work() -> int:
+    """ns that the only processor has spent on anything but idling. Layout of /proc/schedstat: Documentation/scheduler."""
+    line = next(line for line in Path("/proc/schedstat").read_text().splitlines() if line.startswith("cpu0 "))
+    return int(line.split()[7])
 
 
 def boot_in_phases(command: list[str], mark: bytes) -> tuple[int, int, str]:
     """When it began and ended, and what the probe reported."""
     with open("/tmp/phases", "wb+") as file:
-        began, lasted = boot(command, mark, [(os.POSIX_SPAWN_DUP2, file.fileno(), 3)])
+        began, lasted, _ = boot(command, mark, [(os.POSIX_SPAWN_DUP2, file.fileno(), 3)])
         file.seek(0)
         return began, began + lasted, file.read().decode()
 
