@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import compileall
 import json
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import stratovirt
@@ -23,7 +21,6 @@ from benches.report import BenchError, Report
 _TREE = Path(__file__).resolve().parent.parent
 _RUNS = 1
 _DEADLINE = 1800
-_TOOLS_MIB = 128
 _FUNCTIONS = 24
 
 Record = dict[str, object]
@@ -32,15 +29,13 @@ Record = dict[str, object]
 def run(_count: int) -> None:
     """One run each: the clock counts instructions."""
     report = Report("block")
-    report.say("guest kernel and initramfs")
-    assets = _output([sys.executable, "-m", "guest.assets", "stock-elf", "stock-initramfs"]).split()
+    report.say("guest kernel and initramfs (the kernel is built the first time)")
+    assets = _output([sys.executable, "-m", "guest.assets", "microvm-elf", "microvm-initramfs"]).split()
     compileall.compile_dir(Path(stratovirt.__file__).parent, quiet=1)  # the lab sees this machine's files read-only
-    with tempfile.TemporaryDirectory(prefix="stratovirt-bench-") as folder:
-        tools = fio_disk(Path(folder))
-        report.say("in the lab: a boot for each monitor and place, then one for each profile")
-        inside = f"python -m benches.block_inside {' '.join(assets)} /mnt/share/{tools.name} {_RUNS}"
-        lab = [sys.executable, "-m", "lab.run", "--icount", "--share", folder, "--deadline", str(_DEADLINE), "--", inside]
-        records: list[Record] = [json.loads(line) for line in _output(lab).splitlines()]
+    report.say("in the lab: a boot for each monitor and place, then one for each profile")
+    inside = f"python -m benches.block_inside {' '.join(assets)} {_RUNS}"
+    lab = [sys.executable, "-m", "lab.run", "--icount", "--deadline", str(_DEADLINE), "--", inside]
+    records: list[Record] = [json.loads(line) for line in _output(lab).splitlines()]
     for case in CASES:
         for place in ("main loop", "iothread"):
             _tell(report, f"{case.name}, {place}", [record for record in records if record["case"] == case.name
@@ -55,26 +50,6 @@ def _output(command: list[str]) -> str:
     if done.returncode:
         raise BenchError(f"{' '.join(command[1:4])} ended with status {done.returncode}")
     return done.stdout
-
-
-def fio_disk(folder: Path) -> Path:
-    """A file system with Debian's fio and the libraries that it needs."""
-    fio = shutil.which("fio")
-    if fio is None:
-        raise BenchError("there is no fio on this machine: lab/setup.sh lab")
-    tree, image = folder / "tree", folder / "tools.ext4"
-    tree.mkdir()
-    shutil.copy(fio, tree / "fio")
-    for line in subprocess.run(["ldd", fio], capture_output=True, text=True, check=True).stdout.splitlines():
-        for word in line.split():
-            if word.startswith("/"):
-                shutil.copy(word, tree)
-    with open(image, "wb") as file:
-        file.truncate(_TOOLS_MIB << 20)
-    mke2fs = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin:/bin") or "mke2fs"
-    subprocess.run([mke2fs, "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-d", str(tree), str(image)], check=True)
-    shutil.rmtree(tree)
-    return image
 
 
 def _tell(report: Report, case: str, records: list[Record]) -> None:

@@ -1,11 +1,12 @@
 """The part of `block` that runs inside the lab: boots guests in which fio reads a disk, and watches the monitor meanwhile.
 
-`python -m benches.block_inside KERNEL INITRAMFS TOOLS COUNT`; the report is JSON lines on stdout. The guest says on its
+`python -m benches.block_inside KERNEL INITRAMFS COUNT`; the report is JSON lines on stdout. The guest says on its
 serial port when a case begins and ends, and then what fio found.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import selectors
@@ -16,12 +17,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from guest.programs import archive
+
 import stratovirt
 from benches import block_probe, machines
 
 OURS, PEER = "stratovirt", machines.PEER
 PLACES = ("main loop", "iothread")
-MEMORY = "256M"
+MEMORY = "512M"  # fio comes with 80 MB of libraries
 DISK = Path("/dev/nullb0")
 _DISK_GIB = 1
 _KVM = Path("/sys/kernel/debug/kvm")
@@ -46,15 +49,13 @@ CASES = (
 )
 PROFILED = (CASES[0].name, CASES[1].name)
 
-_FIO = "/mnt/ld-linux-x86-64.so.2 --library-path /mnt /mnt/fio --thread --filename=/dev/$disk --direct=1 --ioengine=libaio " \
-       "--norandommap --randrepeat=1 --output-format=json --output=/tmp/result --name=bench"
+_FIO = "fio --thread --filename=/dev/vda --direct=1 --ioengine=libaio --norandommap --randrepeat=1 --output-format=json " \
+       "--output=/tmp/result --name=bench"
 
 
 def script(cases: tuple[Case, ...]) -> str:
-    """What the guest does. The disk is the larger one: monitors name them in different orders."""
-    lines = [f"disk=vda tools=vdb; [ $(cat /sys/block/vda/size) = {_DISK_GIB << 21} ] || {{ disk=vdb; tools=vda; }}",
-             "modprobe ext4; mount -t ext4 -o ro /dev/$tools /mnt || exit 9", f"run() {{ {_FIO} $*; }}",
-             "say() { echo \"$*\" >/dev/console; }",
+    """What the guest does."""
+    lines = [f"run() {{ {_FIO} $*; }}", "say() { echo \"$*\" >/dev/console; }",
              "run --rw=read --bs=4k --number_ios=8"]  # what fio reads of itself is in memory from now on
     for number, case in enumerate(cases):
         lines += [f"say begin {number}; sleep 1",
@@ -64,37 +65,36 @@ def script(cases: tuple[Case, ...]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    kernel, initramfs, tools, count = *(Path(word) for word in arguments[:3]), int(arguments[3])
+    kernel, initramfs, count = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
     for command in (["modprobe", "null_blk", "queue_mode=2", "irqmode=0", f"gb={_DISK_GIB}"],
                     ["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"]):
         subprocess.run(command, check=True)
     folder = Path("/tmp/bench")
     folder.mkdir()
-    kernel, tools = (Path(shutil.copy(file, folder)) for file in (kernel, tools))
+    kernel = Path(shutil.copy(kernel, folder))
     from stratovirt.cli import guest_console
 
-    plain = initramfs.read_bytes()
+    say("fio for the guest")
+    plain = initramfs.read_bytes() + archive("fio")
 
     def with_command(cases: tuple[Case, ...]) -> Path:
         path = folder / f"initramfs.{len(cases)}.{cases[0].depth}"
         path.write_bytes(plain + bytes(-len(plain) % 4) + guest_console.command_archive(script(cases)))
         return path
 
-    # The last three are for QEMU, where a stock kernel looks for a keyboard controller and a clock for seconds.
-    words = ("console=ttyS0 reboot=t panic=-1 quiet loglevel=1 mitigations=off stratovirt.end=reboot "
-             "i8042.noaux i8042.nokbd initcall_blacklist=cmos_init")
+    words = "console=ttyS0 reboot=t panic=-1 quiet loglevel=1 mitigations=off stratovirt.end=reboot"
     everything = with_command(CASES)
     for place in PLACES:
         for monitor, build in ((OURS, ours), (PEER, qemu)):
             for number in range(count):
                 say(f"{monitor}, {place}, run {number + 1} of {count}")
-                for name, record in watch(build(kernel, everything, words, tools, place), CASES).items():
+                for name, record in watch(build(kernel, everything, words, place), CASES).items():
                     tell("result", name, monitor, place, **record)
     for case in CASES:
         if case.name in PROFILED:
             say(f"profile: {case.name}")
             report = folder / "profile"
-            command = ours(kernel, with_command((case,)), words, tools, PLACES[0])[1:]
+            command = ours(kernel, with_command((case,)), words, PLACES[0])[1:]
             python = [sys.executable, "-I", "-S", block_probe.__file__, str(_SOURCE), str(report)]
             watch([*python, *command], (case,))
             tell("profile", case.name, OURS, PLACES[0], requests=case.requests, functions=json.loads(report.read_text()))
@@ -109,25 +109,24 @@ def tell(kind: str, case: str, monitor: str, place: str, **fields: object) -> No
     print(json.dumps({"kind": kind, "case": case, "monitor": monitor, "place": place, **fields}), flush=True)
 
 
-def ours(kernel: Path, initramfs: Path, words: str, tools: Path, place: str) -> list[str]:
+def ours(kernel: Path, initramfs: Path, words: str, place: str) -> list[str]:
     thread = ",iothread=io0" if place == "iothread" else ""
     return machines.ours(
         kernel, MEMORY, 1, "-initrd", str(initramfs), "-append", words, "-serial", "stdio", "-object", "iothread,id=io0",
         "-drive", f"id=disk,file={DISK},direct=on,aio=native", "-device", f"virtio-blk-device,id=disk0,drive=disk{thread}",
-        "-drive", f"id=tools,file={tools},direct=off,readonly=on", "-device", "virtio-blk-device,id=tools0,drive=tools",
     )
 
 
-def qemu(kernel: Path, initramfs: Path, words: str, tools: Path, place: str) -> list[str]:
+def qemu(kernel: Path, initramfs: Path, words: str, place: str) -> list[str]:
     thread = ",iothread=io0" if place == "iothread" else ""
-    return machines.qemu(
+    command = machines.qemu(
         kernel, MEMORY, 1, "-initrd", str(initramfs), "-append", words, "-serial", "stdio", "-object", "iothread,id=io0",
         "-global", "virtio-mmio.force-legacy=false",
         "-drive", f"if=none,id=disk,file={DISK},format=raw,cache=none,aio=native",
-        "-device", f"virtio-blk-device,drive=disk{thread}",
-        "-drive", f"if=none,id=tools,file={tools},format=raw,readonly=on", "-device", "virtio-blk-device,drive=tools",
-        serial=True, acpi=True,
+        "-device", f"virtio-blk-device,drive=disk{thread}", serial=True,
     )
+    # Without ACPI it names its devices on the kernel's command line.
+    return [word.replace("auto-kernel-cmdline=off", "auto-kernel-cmdline=on,acpi=off") for word in command]
 
 
 class Account(NamedTuple):
@@ -162,7 +161,7 @@ def watch(command: list[str], cases: tuple[Case, ...]) -> dict[str, dict[str, fl
     try:
         while True:
             if not selector.select(_DEADLINE):
-                sys.exit(f"{command[0]}: the guest says nothing more: {b' '.join(said[-20:])[-2000:]!r} {data!r}")
+                sys.exit(f"{command[0]}: the guest says nothing more: {_heard([*said, data])}")
             piece = os.read(process.stdout.fileno(), 1 << 16)
             if not piece:
                 break
@@ -174,14 +173,25 @@ def watch(command: list[str], cases: tuple[Case, ...]) -> dict[str, dict[str, fl
                     (before if word == b"begin" else after)[int(rest)] = account(process.pid)
                 elif word == b"result":
                     number, _, text = rest.partition(b" ")
+                    if not text.startswith(b"{"):
+                        sys.exit(f"{command[0]}: fio reports nothing: {_heard(said)}")
                     case = cases[int(number)]
                     results[case.name] = evaluate(case, json.loads(text), before[int(number)], after[int(number)])
     finally:
         process.kill()
         process.wait()
     if len(results) != len(cases):
-        sys.exit(f"{command[0]} ended before the guest was done: {b' '.join(said[-20:])!r}")
+        sys.exit(f"{command[0]} ended before the guest was done: {_heard(said)}")
     return results
+
+
+def _heard(said: list[bytes]) -> str:
+    """The last lines of the guest, with the output of its command taken out of the frames that init puts it in."""
+    lines = []
+    for line in said[-20:]:
+        words = line.split()
+        lines.append(base64.b64decode(words[1]) if len(words) == 2 and words[0] in (b"\x1eo", b"\x1ee") else line[:200])
+    return b"\n".join(lines).decode(errors="replace")
 
 
 def evaluate(case: Case, fio: dict[str, object], before: Account, after: Account) -> dict[str, float]:

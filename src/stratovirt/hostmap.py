@@ -80,6 +80,12 @@ class SharedRings:
         _libc_munmap(_Word(self._address), _Word(self._size))
 
 
+def words_at(address: int, count: int) -> memoryview:
+    """So many 32-bit words of memory that somebody else has mapped, and that stays there for as long as the view is used."""
+    array = type("_Bytes", (_ctypes.Array,), {"_type_": _Byte, "_length_": 4 * count})
+    return memoryview(array.from_address(address)).cast("B").cast("I")  # type: ignore[attr-defined]
+
+
 class HostMapping:
     """A lazily populated mapping of `size` bytes that guest RAM lives in: of nothing, and then private and zero-filled, or
     of the file `fd` from `file_offset` on, `shared` with whoever else maps it or private to this process.

@@ -5,7 +5,8 @@
     io_uring   rings shared with the kernel                                             aio_uring.py
 
 An engine has the same few members whatever is behind it: `submit` takes a request and keeps it, `kick` starts what was
-submitted, `fd` is an eventfd that becomes readable when requests are finished, `reap` returns those. A request fails
+submitted, `fd` is an eventfd that becomes readable when requests are finished, `reap` returns those. What is finished before
+`kick` returns, it says: nobody need wait for the eventfd then. A request fails
 through its `error`, never through an exception. Nothing here runs before a guest asks for the first block, but for `probe`.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 
-from stratovirt.backends.aio_syscalls import pin
+from stratovirt.backends.aio_syscalls import address_of, anchored, pin
 from stratovirt.backends.aio_threads import ThreadEngine
 from stratovirt.backends.block import FLUSH, READ, WRITE
 from stratovirt.errors import HostError
@@ -48,6 +48,10 @@ class KernelEngine(ThreadEngine):
         """Hand prepared slots to the kernel; `_reject` those that it does not take."""
         raise NotImplementedError
 
+    def _any(self) -> bool:
+        """Does the kernel report any as finished? A look at memory."""
+        raise NotImplementedError
+
     def _results(self) -> list[tuple[int, int]]:
         """(slot, bytes done or -errno) of each request that the kernel reports finished, once."""
         raise NotImplementedError
@@ -55,32 +59,37 @@ class KernelEngine(ThreadEngine):
     # -- the engine
 
     def submit(self, request: BlockRequest) -> None:
-        if request.kind not in _NAMES or len(request.views) > _IOV_MAX or (request.kind != FLUSH and not request.length):
+        if request.kind > FLUSH or len(request.views) > _IOV_MAX or (request.kind != FLUSH and not request.length):
             super().submit(request)
             return
         self.in_flight += 1
         self._backlog.append(request)
 
-    def kick(self) -> None:
+    def kick(self) -> bool:
         while self._backlog and self._free:
             count = min(len(self._backlog), len(self._free))
             batch, self._backlog = self._backlog[:count], self._backlog[count:]
-            slots = []
-            for request in batch:
-                slot = self._free.pop()
+            slots = self._free[-count:]
+            del self._free[-count:]
+            for slot, request in zip(slots, batch, strict=True):
                 self._requests[slot] = request
                 self._prepare(slot, request)
-                slots.append(slot)
             self._push(slots)
+        return self._any()
 
     def reap(self) -> list[BlockRequest]:
         finished = super().reap()
-        for slot, result in self._results():
-            request = self._release(slot)
-            if request is not None and self._is_finished(request, result):
-                finished.append(request)
-                self.in_flight -= 1
-        self.kick()
+        again = True
+        while again:
+            requests, anchors, free = self._requests, self._anchors, self._free
+            for slot, result in self._results():
+                request = requests[slot]
+                requests[slot] = anchors[slot] = None
+                free.append(slot)
+                if request is not None and (result == request.length or self._is_finished(request, result)):
+                    finished.append(request)
+                    self.in_flight -= 1
+            again = self.kick()
         return finished
 
     def _release(self, slot: int) -> BlockRequest | None:
@@ -121,14 +130,14 @@ class KernelEngine(ThreadEngine):
         """(is a vector, address, length or count) of a request's data, pinned in the slot."""
         views = request.views
         if len(views) == 1:
-            address, self._anchors[slot] = pin(views[0])
-            return False, address, request.length
+            self._anchors[slot] = only = anchored(views[0])
+            return False, address_of(only), request.length
         vector = bytearray(_IOVEC.size * len(views))
         anchors: list[object] = [vector]
         for index, view in enumerate(views):
-            address, anchor = pin(view)
-            anchors.append(anchor)
-            _IOVEC.pack_into(vector, _IOVEC.size * index, address, len(view))
+            piece = anchored(view)
+            anchors.append(piece)
+            _IOVEC.pack_into(vector, _IOVEC.size * index, address_of(piece), len(view))
         address, anchor = pin(vector)
         anchors.append(anchor)
         self._anchors[slot] = anchors

@@ -3,6 +3,8 @@
 struct iocb (linux/aio_abi.h), little-endian: 0 data (u64), 8 key (u32), 12 rw_flags (u32), 16 opcode (u16), 18 priority
 (s16), 20 fd (u32), 24 buf (u64), 32 nbytes (u64), 40 offset (s64), 48 reserved, 56 flags (u32), 60 resfd (u32).
 struct io_event: data (u64), obj (u64), res (s64), res2 (s64).
+A context's number is the address of a ring that the kernel maps for us, struct aio_ring: 0 id, 4 nr, 8 head, 12 tail, 16 magic
+(all u32), and more. We look there whether requests have ended, and let the kernel take them out.
 
 The kernel copies an iocb and the vector it points to in io_submit. Without O_DIRECT it would also do the request in there.
 """
@@ -16,6 +18,7 @@ from stratovirt.backends.aio_kernel import DEPTH, RWF_DSYNC, KernelEngine
 from stratovirt.backends.aio_syscalls import IO_DESTROY, IO_GETEVENTS, IO_SETUP, IO_SUBMIT, pin, syscall
 from stratovirt.backends.block import FLUSH, READ
 from stratovirt.errors import HostError
+from stratovirt.hostmap import words_at
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 _PREAD, _PWRITE, _FDSYNC, _PREADV, _PWRITEV = 0, 1, 3, 7, 8
 _FLAG_RESFD = 1
+_RING_HEAD, _RING_TAIL, _RING_MAGIC = 2, 3, 4  # in words
+_MAGIC = 0xA10A10A1
 _IOCB = struct.Struct("<QIIHhIQQqQII")
 _EVENT = struct.Struct("<QQqq")
 _POINTER = struct.Struct("<Q")
@@ -57,6 +62,8 @@ class NativeEngine(KernelEngine):
         except HostError:
             super().close()
             raise
+        ring = words_at(self._context, 5)
+        self._ring = ring if ring[_RING_MAGIC] == _MAGIC else None
         self._iocbs = bytearray(_IOCB.size * DEPTH)
         self._iocbs_at, self._iocbs_anchor = pin(self._iocbs)
         self._pointers = bytearray(_POINTER.size * DEPTH)
@@ -90,6 +97,10 @@ class NativeEngine(KernelEngine):
                 taken = 1
             start += taken
 
+    def _any(self) -> bool:
+        ring = self._ring
+        return ring is not None and ring[_RING_HEAD] != ring[_RING_TAIL]
+
     def _results(self) -> list[tuple[int, int]]:
         if len(self._free) == DEPTH:
             return []
@@ -107,5 +118,6 @@ class NativeEngine(KernelEngine):
 
     def close(self) -> None:
         """Waits for what the kernel still has: it writes into the requests' buffers until then."""
+        self._ring = None
         syscall(IO_DESTROY, self._context)
         super().close()

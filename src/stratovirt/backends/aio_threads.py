@@ -41,8 +41,9 @@ class ThreadEngine:
         self.in_flight += 1
         self.hand_over(request)
 
-    def kick(self) -> None:
-        """Begin everything that was submitted."""
+    def kick(self) -> bool:
+        """Begin everything that was submitted. True: some of it has ended by then, and may be reaped at once."""
+        return False
 
     def reap(self) -> list[BlockRequest]:
         """The requests that are finished, each once. Does not wait."""

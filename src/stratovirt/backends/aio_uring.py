@@ -16,16 +16,17 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from _thread import allocate_lock
 
 from stratovirt.backends.aio_kernel import DEPTH, RWF_DSYNC, KernelEngine
 from stratovirt.backends.aio_syscalls import IO_URING_ENTER, IO_URING_REGISTER, IO_URING_SETUP, pin, syscall
 from stratovirt.backends.block import FLUSH, READ
 from stratovirt.errors import HostError
-from stratovirt.hostmap import SharedRings
+from stratovirt.hostmap import ARCHITECTURE, SharedRings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stratovirt.backends.block import BlockRequest, RawImage
 
 _READV, _WRITEV, _FSYNC, _READ, _WRITE = 1, 2, 3, 22, 23
@@ -71,7 +72,11 @@ class UringEngine(KernelEngine):
 
     def __init__(self, image: RawImage) -> None:
         super().__init__(image)
-        self._fence = allocate_lock()
+        self._barrier: Callable[[], object] | None = None
+        if ARCHITECTURE != "x86_64":
+            from stratovirt.barrier import create
+
+            self._barrier = create()
         self._mappings: tuple[SharedRings, ...] = ()
         try:
             self._ring_fd, params = _set_up()
@@ -145,13 +150,17 @@ class UringEngine(KernelEngine):
             for slot in slots[-left:]:
                 self._reject(slot)
 
+    def _any(self) -> bool:
+        return self._words[self._cq_head] != self._words[self._cq_tail]
+
     def _results(self) -> list[tuple[int, int]]:
         words = self._words
         head, tail = words[self._cq_head], words[self._cq_tail]
         if head == tail:
             return []
-        with self._fence:  # the entries are read after the index that announces them
-            results = []
+        if self._barrier is not None:
+            self._barrier()  # the entries are read after the index that announces them; x86 does it so by itself
+        results = []
         while head != tail:
             slot, result, _ = _CQE.unpack_from(self._rings, self._cqes + _CQE.size * (head & self._cq_mask))
             results.append((slot, result))

@@ -83,6 +83,7 @@ class VirtioBlock(VirtioDevice):
         self._loop = loop
         self._engine: ThreadEngine | None = None
         self._paused = False
+        self._ended_early = False  # requests that were begun a moment ago are finished, and nobody has looked yet
         self._in_flight = [0] * queues
         self._waiting: set[int] = set()  # queues that may hold more than could be taken
         self._buckets: list[LeakyBucket] = []
@@ -166,14 +167,20 @@ class VirtioBlock(VirtioDevice):
                 if chains:
                     left -= len(chains)
                     self._serve(index, queue, chains)
-                elif queue.enable_notifications():
+                if len(chains) < room:
+                    if not queue.enable_notifications():
+                        return False
                     left -= 1
-                else:
-                    return False
             return True
         finally:
             if self._engine is not None:
-                self._engine.kick()
+                self._ended_early = self._engine.kick()
+
+    def process(self, index: int) -> None:
+        super().process(index)
+        if self._ended_early:
+            self._ended_early = False
+            self._on_finished(READABLE)
 
     def _serve(self, index: int, queue: Virtqueue, chains: list[Chain]) -> None:
         """Carry out a batch, or give it to the engine. Raises: GuestError, after all before the request that breaks the device
