@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import os
 import random
+import select
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stratovirt.backends import aio
+from stratovirt.backends.aio_kernel import KernelEngine
+from stratovirt.backends.aio_threads import ThreadEngine
 from stratovirt.backends.block import BlockRequest, RawImage
 from stratovirt.config.vm import DriveConfig
+from stratovirt.errors import HostError
 from stratovirt.virtio.block_request import MAX_MERGED, MAX_VECTORS, DiskRequest, merge
-from unit.test_block_features import DATA_AT, ENGINES, FLUSH, HEADER_AT, IN, IOERR, OK, OUT, SECTORS, STATUS_AT, Disk
+from unit.test_block_features import (
+    DATA_AT,
+    ENGINES,
+    FLUSH,
+    HEADER_AT,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    SECTORS,
+    STATUS_AT,
+    Disk,
+    usable,
+)
 from unit.virtio_devices import SECTOR, disk_content
 from unit.virtio_driver import NEEDS_RESET, VERSION_1
 
@@ -161,4 +179,65 @@ def test_any_batch_leaves_what_one_after_the_other_leaves(tmp_path: Path, engine
         if data:
             assert disk.memory.read(DATA_AT + 0x1000 * number, len(data)) == data
     assert disk.path.read_bytes() == bytes(model)
+    disk.close()
+
+
+class AtOnce(ThreadEngine):
+    """Everything is finished when it has begun, and `fd` says nothing of it."""
+
+    def __init__(self, image: RawImage) -> None:
+        super().__init__(image)
+        self.asked: list[BlockRequest] = []
+        self.done: list[BlockRequest] = []
+
+    def hand_over(self, request: BlockRequest) -> None:
+        self.asked.append(request)
+
+    def kick(self) -> bool:
+        for request in self.asked:
+            try:
+                self.image.perform(request)
+            except HostError as error:
+                request.error = error
+        self.done += self.asked
+        self.asked = []
+        return bool(self.done)
+
+    def reap(self) -> list[BlockRequest]:
+        finished: list[BlockRequest] = []
+        while self.kick():
+            finished, self.done = finished + self.done, []
+        self.in_flight -= len(finished)
+        return finished
+
+
+def test_what_ends_while_it_is_begun_needs_no_eventfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio, "open_engine", AtOnce)
+    disk = Disk(tmp_path, "threads", queues=2)
+    disk.start()
+    for number in range(6):
+        disk.put(IN, number % 4, room=SECTOR, number=number, queue=number // 4)
+    for index in (0, 1):
+        assert disk.line.count == index and disk.queues[index].collect() == []
+        disk.device.process(index)
+        assert len(disk.queues[index].collect()) == (4, 2)[index]
+    assert disk.line.count == 2 and disk.block._in_flight == [0, 0]
+    disk.close()
+
+
+@pytest.mark.parametrize("engine", ["native", "io_uring"])
+def test_an_engine_of_the_kernel_says_that_something_has_ended(tmp_path: Path, engine: str) -> None:
+    """Its ring is looked at: empty while nothing was asked, not so from the moment that the eventfd tells, then empty again."""
+    if not usable(engine):
+        pytest.skip(f"this host has no {engine}")
+    disk = Disk(tmp_path, engine)
+    opened = aio.open_engine(disk.image)
+    assert isinstance(opened, KernelEngine) and opened.name == engine and not opened.kick()
+    opened.submit(BlockRequest(0, [memoryview(bytearray(SECTOR))], 0, SECTOR))
+    opened.kick()
+    assert select.select([opened.fd], [], [], 30)[0]
+    assert opened.kick()
+    assert len(opened.reap()) == 1
+    assert not opened.kick()
+    opened.close()
     disk.close()

@@ -312,6 +312,12 @@ class VirtioBlock(VirtioDevice):
     def _answer(self, request: Transfer, answers: list[tuple[int, int]]) -> None:
         """Set the status of a finished request, or of all that it is made of, and note what the driver gets."""
         error, kind = request.error, request.kind
+        if error is None and kind <= WRITE and isinstance(request, DiskRequest):  # what nearly all are
+            self.operations[kind] += 1
+            self.bytes[kind] += request.length
+            request.status[0] = S_OK
+            answers.append((request.head, 1 + request.written))
+            return
         parts: Sequence[DiskRequest] = request.parts if isinstance(request, MergedRequest) else (request,)
         if kind == WRITE_ZEROES:
             kind = WRITE
@@ -382,37 +388,37 @@ class VirtioBlock(VirtioDevice):
 
         Requests of a driver that has reset the disk meanwhile are dropped. Called with `_work` held.
         """
-        answers: dict[int, list[tuple[int, int]]] = {}
-        engine = self._engine
+        answers: list[list[tuple[int, int]]] = [[] for _ in self._in_flight]
+        engine, queues = self._engine, self.queues
         for request in engine.reap() if engine is not None else ():
-            if isinstance(request, MergedRequest):
-                parts = request.parts
-            elif isinstance(request, DiskRequest):
-                parts = [request]
+            if isinstance(request, DiskRequest):
+                index, queue, count = request.index, request.queue, 1
+            elif isinstance(request, MergedRequest):
+                index, queue, count = request.parts[0].index, request.parts[0].queue, len(request.parts)
             else:
                 continue
-            index = parts[0].index
-            wanted = parts[0].queue in self.queues
-            if wanted and engine is not None and request.error is not None and len(parts) > 1:  # which of them?
-                for part in parts:
-                    engine.submit(part)
-                engine.kick()
-                continue
-            self._in_flight[index] -= len(parts)
-            if wanted:
-                self._answer(request, answers.setdefault(index, []))
-        touched = set(answers)
-        for index, entries in answers.items():
-            queue = self.queues[index]
-            if queue is not None:
-                queue.push_all(entries)
-        interrupt = False
-        for index in touched:
-            queue = self.queues[index]
-            interrupt = (queue is not None and queue.needs_interrupt()) or interrupt
+            if queue in queues:
+                if count > 1 and request.error is not None and engine is not None:
+                    self._one_by_one(request, engine)
+                    continue
+                self._answer(request, answers[index])
+            self._in_flight[index] -= count
+        interrupt, touched = False, set[int]()
+        for index, entries in enumerate(answers):
+            ring = queues[index] if entries else None
+            if ring is not None:
+                ring.push_all(entries)
+                interrupt = ring.needs_interrupt() or interrupt
+                touched.add(index)
         again = set() if self._paused else touched & self._waiting
         self._waiting -= again
         return interrupt, again
+
+    def _one_by_one(self, request: Transfer, engine: ThreadEngine) -> None:
+        """A merged request has failed: each of its parts again by itself, for who is to blame is to be seen."""
+        for part in request.parts if isinstance(request, MergedRequest) else ():
+            engine.submit(part)
+        engine.kick()
 
     def _tell(self, interrupt: bool, again: set[int]) -> None:
         transport = self.transport
