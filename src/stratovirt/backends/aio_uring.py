@@ -41,6 +41,12 @@ _SQE = struct.Struct("=BBHiQQIIQ24x")
 _CQE = struct.Struct("=QiI")
 assert _PARAMS.size == 120 and _SQE.size == 64 and _CQE.size == 16
 
+_barrier: Callable[[], object] | None = None
+if ARCHITECTURE != "x86_64":
+    from stratovirt.barrier import create
+
+    _barrier = create()
+
 
 def probe() -> None:
     """Raises: HostError when the kernel has no io_uring, or does not let this process use it."""
@@ -72,11 +78,6 @@ class UringEngine(KernelEngine):
 
     def __init__(self, image: RawImage) -> None:
         super().__init__(image)
-        self._barrier: Callable[[], object] | None = None
-        if ARCHITECTURE != "x86_64":
-            from stratovirt.barrier import create
-
-            self._barrier = create()
         self._mappings: tuple[SharedRings, ...] = ()
         try:
             self._ring_fd, params = _set_up()
@@ -158,8 +159,8 @@ class UringEngine(KernelEngine):
         head, tail = words[self._cq_head], words[self._cq_tail]
         if head == tail:
             return []
-        if self._barrier is not None:
-            self._barrier()  # the entries are read after the index that announces them; x86 does it so by itself
+        if _barrier is not None:
+            _barrier()  # the entries are read after the index that announces them; x86 does it so by itself
         results = []
         while head != tail:
             slot, result, _ = _CQE.unpack_from(self._rings, self._cqes + _CQE.size * (head & self._cq_mask))
