@@ -136,6 +136,7 @@ def test_diff(three: tuple[Path, bytes], capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("words", [
     [], ["hide"], ["show"], ["diff", "a"], ["merge"], ["create", "a"], ["create", "a", "--qmp", "x", "--timeout", "0"],
     ["create", "a", "--qmp", "x", "--diff"], ["create", "a", "--qmp", "x", "--base", "b"], ["show", "a", "b"],
+    ["create", "a", "--qmp", "x", "--pau"],
     ["create", "a", "--qmp", "tcp:x"], ["create", "a", "--qmp", "unix:"], ["create", "a", "--qmp", "/nowhere/qmp"],
 ])
 def test_wrong_words(words: list[str]) -> None:

@@ -21,14 +21,17 @@ from stratovirt.snapshot.saved import SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 _USAGE = "snapshot create|show|diff|merge; each with --help"
 _TIMEOUT = 600.0
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors as everywhere in this program: one line."""
+    """Errors as everywhere in this program: one line. No option is guessed from its first letters."""
+
+    def __init__(self, **words: Any) -> None:
+        super().__init__(allow_abbrev=False, **words)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, option=self.prog.removeprefix("stratovirt "), accepted=f"stratovirt {_USAGE}")
@@ -47,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="stratovirt snapshot", allow_abbrev=False, description="Take, look at, compare and merge snapshots.")
+    parser = _Parser(prog="stratovirt snapshot", description="Take, look at, compare and merge snapshots.")
     kinds = parser.add_subparsers(required=True, metavar="create|show|diff|merge", parser_class=_Parser)
 
     create = kinds.add_parser("create", help="save the machine behind a QMP socket",
