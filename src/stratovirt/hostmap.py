@@ -14,6 +14,7 @@ import os
 from stratovirt.errors import HostError
 
 PAGE_SIZE = mmap.PAGESIZE  # 4 KiB on x86_64; an arm64 host has pages of 4, 16 or 64 KiB
+HUGE_PAGE_SIZE = 2 << 20  # of x86_64, and of arm64 with pages of 4 KiB
 
 _PROT_READ_WRITE = 0x1 | 0x2
 _PROT_READ_EXECUTE = 0x1 | 0x4
@@ -90,6 +91,8 @@ class HostMapping:
     """A lazily populated mapping of `size` bytes that guest RAM lives in: of nothing, and then private and zero-filled, or
     of the file `fd` from `file_offset` on, `shared` with whoever else maps it or private to this process.
 
+    Memory of nothing begins at a multiple of 2 MiB, or no huge page of the host's could be one of the guest's.
+
     `address` is where it starts in this process; `view` is the whole of it as writable bytes. Closed on process exit: a
     guest may be running on it until then. `fd` stays the caller's, and is kept here for those who pass it on. `page_size` is
     what pages the host gives and takes back at least.
@@ -100,11 +103,12 @@ class HostMapping:
 
     def __init__(self, size: int, fd: int = -1, file_offset: int = 0, shared: bool = False, page_size: int = PAGE_SIZE) -> None:
         flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+        spare = HUGE_PAGE_SIZE if fd < 0 and size >= HUGE_PAGE_SIZE else 0  # address space, to begin where we want in it
         if fd < 0:
             # Of a file the pages are reserved: with too few huge pages this call fails, not the guest's first access.
             flags |= mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
-            self._mapping = mmap.mmap(fd, size, flags=flags, offset=file_offset)
+            self._mapping = mmap.mmap(fd, size + spare, flags=flags, offset=file_offset)
         except (OSError, OverflowError, ValueError) as error:
             errno = error.errno or 0 if isinstance(error, OSError) else 0
             raise HostError(f"cannot map {size >> 20} MiB of guest memory", errno, "ask for less with -m") from error
@@ -113,9 +117,11 @@ class HostMapping:
         self.shared = shared
         self.page_size = page_size
         self.size = size
-        self.view = memoryview(self._mapping)
         self._anchor = _Byte.from_buffer(self._mapping)
-        self.address = _ctypes.addressof(self._anchor)
+        address = _ctypes.addressof(self._anchor)
+        start = -address % HUGE_PAGE_SIZE if spare else 0
+        self.view = memoryview(self._mapping)[start : start + size]
+        self.address = address + start
 
     def map_file(self, offset: int, fd: int, file_offset: int, length: int) -> None:
         """Lay `length` bytes of a file over the mapping at `offset`, copy-on-write: the file is never written.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratovirt.errors import GuestError, HostError
-from stratovirt.hostmap import PAGE_SIZE, HostMapping
+from stratovirt.hostmap import HUGE_PAGE_SIZE, PAGE_SIZE, HostMapping
 from unit.virtio_driver import HIGH_RAM, RAM_SIZE, guest_memory
 
 MEMORY = guest_memory(high=RAM_SIZE)
@@ -107,3 +107,15 @@ def test_a_file_outside_the_mapping_is_refused(offset: int, file_offset: int, le
 def test_more_than_the_host_can_map_is_an_error_that_names_the_option(size: int) -> None:
     with pytest.raises(HostError, match="-m"):
         HostMapping(size)
+
+
+@pytest.mark.parametrize("size", [HUGE_PAGE_SIZE, HUGE_PAGE_SIZE + PAGE_SIZE, 64 * HUGE_PAGE_SIZE])
+def test_memory_begins_where_a_huge_page_may(size: int) -> None:
+    hosts = [HostMapping(size) for _ in range(4)]
+    for host in hosts:
+        assert host.address % HUGE_PAGE_SIZE == 0 and len(host.view) == host.size == size
+        host.view[0] = host.view[size - 1] = 7
+    for host in hosts:
+        host.discard()
+        host.populate(0, PAGE_SIZE)
+        assert host.view[0] == host.view[size - 1] == 0
