@@ -63,6 +63,9 @@ def main() -> None:
 
     gc.disable()  # as the program does
     from stratovirt import __main__ as program
+    from stratovirt import bundle
+
+    bundle.install()  # as the program does
     from stratovirt.cli import command
 
     borders.note("import the command line")
