@@ -190,6 +190,33 @@ def test_what_the_driver_has_made_available_before_is_served_by_whoever_comes(bo
     assert board.requests == 1
 
 
+def test_a_machine_that_stands_still_does_so_with_another_device_too(board: UserBoard) -> None:
+    driver = board.drivers[SLOT]
+    driver.start()
+    occupied = board.hotplug._slots[SLOT]
+    occupied.device.pause()
+    assert board.plug() == {}
+    driver.memory.write(DATA, struct.pack("<IIQ", 0, 0, 0) + bytes(SECTOR) + b"\xff")
+    head = driver.queues[0].add([(DATA, 16, False), (DATA + 16, SECTOR, True), (DATA + 16 + SECTOR, 1, True)])
+    driver.write(QUEUE_NOTIFY, 0)
+    board.settle()
+    assert board.backend.peer.rings == {} and driver.queues[0].collect() == []
+    occupied.device.resume()
+    board.settle()
+    assert [returned for returned, _ in driver.queues[0].collect()] == [head] and board.requests == 1
+    occupied.device.pause()
+    assert board.ask("device_del", id="d") == {}
+    driver.queues[0].release_all()
+    head = driver.queues[0].add([(DATA, 16, False), (DATA + 16, SECTOR, True), (DATA + 16 + SECTOR, 1, True)])
+    driver.write(QUEUE_NOTIFY, 0)
+    board.settle()
+    assert driver.queues[0].collect() == []
+    occupied.device.resume()
+    board.settle()
+    assert [returned for returned, _ in driver.queues[0].collect()] == [head]
+    assert driver.memory.read(DATA + 16 + SECTOR, 1)[0] == IOERR
+
+
 @pytest.mark.parametrize(("lacks", "config", "problem"), [
     (FLUSH, {}, "lacks features that the driver uses: 0x200"),
     (EVENT_IDX, {}, "lacks features that the driver uses"), (INDIRECT_DESC, {}, "lacks features that the driver uses"),

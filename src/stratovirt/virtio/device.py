@@ -88,6 +88,7 @@ class VirtioDevice:
         self.queues: list[Virtqueue | None] = []
         self.active = False
         self.transport: Transport | None = None
+        self._paused = False
         self._work: Lock = allocate_lock()
 
     # -- life cycle, called by the transport
@@ -114,6 +115,11 @@ class VirtioDevice:
 
     def resume(self) -> None:
         """The machine goes on."""
+
+    @property
+    def is_paused(self) -> bool:
+        """For a device that has to be paused at all."""
+        return self._paused
 
     def hand_over(self) -> list[Virtqueue | None]:
         """Leave the slot to another device. The queues of a driver that is ready, [] without one: in them every chain that was

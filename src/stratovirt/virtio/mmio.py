@@ -371,6 +371,8 @@ class VirtioMmio:
             old.transport, device.transport = None, self
             device.driver_features = old.driver_features
             self.device = device
+            if old.is_paused:
+                device.pause()
             if queues:
                 device.activate(queues)
         self.notify_config()
