@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ from unit.virtio_driver import (
     STATUS,
     VERSION_1,
     Driver,
+    GuestQueue,
 )
 
 FLUSH, SEG_MAX, SIZE_MAX, BLK_SIZE = 1 << 9, 1 << 2, 1 << 1, 1 << 6
@@ -509,3 +511,113 @@ def test_drives_are_modest_where_a_back_end_may_come(board: UserBoard) -> None:
     board.blockdev_add("n", path)
     assert board.ask("device_add", id="n", driver="virtio-blk-device", drive="n") == {}
     assert (driver.read(CONFIG + 8), driver.read(CONFIG + 12)) == (65536, 126)
+
+
+# -- with Debian's own back ends
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Callable[..., UserBoard]]:
+    """A board whose character device leads to a back end of Debian's: `daemon(*command)`, which listens at `tmp_path / "d"`."""
+    running: list[subprocess.Popen[bytes]] = []
+    boards: list[UserBoard] = []
+
+    def start(*command: str) -> UserBoard:
+        if not os.path.exists(command[0]):
+            pytest.skip(f"no {command[0]}: Debian's qemu-system-common, dpdk-dev")
+        running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path))
+        until = time.monotonic() + 20
+        while not (tmp_path / "d").exists():
+            if running[-1].poll() is not None or time.monotonic() > until:
+                running[-1].kill()
+                pytest.skip(f"{command[0]} does not run here: {running[-1].communicate()[1].decode()[-300:]}")
+            time.sleep(0.02)
+        boards.append(UserBoard(tmp_path))
+        boards[-1].config.vhost_users["c"] = CharDeviceConfig("c", "socket", str(tmp_path / "d"), reconnect=1)
+        return boards[-1]
+
+    yield start
+    for board in boards:
+        board.close()
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(board: UserBoard, queue: GuestQueue) -> list[tuple[int, int]]:
+    """What is returned, once something is."""
+    returned: list[tuple[int, int]] = []
+    until = time.monotonic() + 20
+    while not returned:
+        assert time.monotonic() < until
+        board.loop.run_once(0.05)
+        returned = queue.collect()
+    return returned
+
+
+def test_qemu_storage_daemon_takes_a_drive_over(daemon: Callable[..., UserBoard], tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(range(256)) * 4096)
+    board = daemon("/usr/bin/qemu-storage-daemon", "--blockdev", f"driver=file,filename={image},node-name=disk", "--export",
+                   f"type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={tmp_path / 'd'},writable=on")
+    driver = board.drivers[SLOT]
+    driver.start(driver.offered() & ~EVENT_IDX)
+
+    def transfer(kind: int, sector: int, data: bytes) -> tuple[int, bytes]:
+        driver.memory.write(DATA, struct.pack("<IIQ", kind, 0, sector) + data + b"\xff")
+        driver.queues[0].add([(DATA, 16, False), (DATA + 16, SECTOR, kind == 0), (DATA + 16 + SECTOR, 1, True)])
+        driver.write(QUEUE_NOTIFY, 0)
+        wait_for(board, driver.queues[0])
+        driver.queues[0].release_all()
+        return driver.memory.read(DATA + 16 + SECTOR, 1)[0], driver.memory.read(DATA + 16, SECTOR)
+
+    for number in range(5):
+        assert transfer(0, 3, bytes(SECTOR))[0] == IOERR
+        assert board.plug() == {}
+        assert board.capacity(SLOT) == 2048
+        assert transfer(0, 3, bytes(SECTOR)) == (0, bytes(range(256)) * 2)
+        data = os.urandom(SECTOR)
+        assert transfer(1, 100 + number, data)[0] == 0
+        assert transfer(4, 0, data)[0] == 0  # flush
+        assert board.ask("device_del", id="d") == {}
+        assert board.capacity(SLOT) == 0
+        assert image.read_bytes()[SECTOR * (100 + number) :][:SECTOR] == data
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="testpmd needs root")
+def test_testpmd_takes_an_interface_over(daemon: Callable[..., UserBoard], tmp_path: Path) -> None:
+    """It answers ARP. Its `tso` is what the driver has negotiated with the empty interface; without it is refused."""
+    board = daemon(
+        "/usr/bin/dpdk-testpmd", "--no-huge", "-m", "256", "--no-pci", "--lcores", "(0-1)@0",
+        "--file-prefix", f"h{os.getpid()}", "--vdev", f"net_vhost0,iface={tmp_path / 'd'},tso=1", "--",
+        "--forward-mode=icmpecho", "--auto-start",
+        "--total-num-mbufs=4096", "--stats-period=100")
+    driver = board.drivers[NET_SLOT]
+    driver.start(driver.offered() & ~EVENT_IDX)
+    receive, transmit = driver.queues[:2]
+    mac = bytes(driver.read(CONFIG + offset, 1) for offset in range(6))
+    arp = struct.pack(">HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, bytes((10, 0, 0, 1)), bytes(6), bytes((10, 0, 0, 2)))
+    frame = bytes(12) + b"\xff" * 6 + mac + b"\x08\x06" + arp
+    for number in range(8):
+        receive.add([(DATA + 2048 * number, 2048, True)])
+    for _ in range(2):
+        assert link(driver) == 0
+        assert plug_net(board) == {}
+        assert link(driver) == 1
+        until, answer = time.monotonic() + 20, b""
+        while not answer:
+            assert time.monotonic() < until
+            driver.memory.write(DATA + 0x8000, frame)
+            transmit.add([(DATA + 0x8000, len(frame), False)])
+            for queue in (0, 1):
+                driver.write(QUEUE_NOTIFY, queue)
+            for _ in range(4):
+                board.loop.run_once(0.05)
+            for head, length in receive.collect():
+                answer = driver.memory.read(DATA + 2048 * head, length)[12:]
+                receive.publish(head)
+            transmit.collect()
+            transmit.release_all()
+        assert (answer[:6], answer[12:14], answer[20:22]) == (mac, b"\x08\x06", b"\x00\x02")
+        assert board.ask("device_del", id="n") == {}
+        assert board.ask("netdev_del", id="n") == {}
