@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -478,3 +479,25 @@ def test_what_the_client_imports() -> None:
 
 def test_rights_are_counted_in_whole_descriptors() -> None:
     assert server._descriptors([(1, 1, struct.pack("i", 5) + b"x"), (1, 2, b"1234")]) == [5]
+
+
+def test_a_signal_that_comes_before_the_machine_is_known_is_for_the_machine(tmp_path) -> None:
+    """The guest may have said its first word, and somebody acted on it, before the client has the machine's pidfd."""
+    path = tmp_path / "socket"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+    listener.settimeout(DEADLINE)
+    code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from stratovirt.launcher.client import main\n" \
+           f"sys.exit(main([], {str(path)!r}))"
+    machine = subprocess.Popen(["sleep", "60"])
+    with subprocess.Popen([sys.executable, "-IS", "-c", code]) as command, listener, listener.accept()[0] as connection:
+        connection.settimeout(DEADLINE)
+        connection.recv(wire.MAX_ANSWER)
+        command.send_signal(signal.SIGHUP)
+        pidfd = os.pidfd_open(machine.pid)
+        socket.send_fds(connection, [b"pid"], [pidfd])
+        os.close(pidfd)
+        assert machine.wait(DEADLINE) == -signal.SIGHUP
+        connection.send(b"ended 0")
+        assert command.wait(DEADLINE) == 0

@@ -51,9 +51,15 @@ def _run(arguments: list[str], wish: str) -> int | None:
     if connection is None:
         return None
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-    request(connection, arguments)
-    pidfd, status = await_machine(connection)
-    _pass_signals_on(pidfd)
+    # The guest may run before its pidfd is here. A signal that comes meanwhile is for the machine, and waits for it: as long as
+    # the launcher may take to answer, and no longer.
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _FORWARDED)
+    try:
+        request(connection, arguments)
+        pidfd, status = await_machine(connection)
+        _pass_signals_on(pidfd)
+    finally:
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _FORWARDED)
     return _as_it_ended(await_end(connection, status))
 
 
