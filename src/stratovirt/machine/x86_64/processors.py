@@ -123,9 +123,10 @@ def reset_processors(system: KvmSystem, vm: KvmVm, vcpus: list[KvmVcpu]) -> None
     fresh_vm = KvmVm(system)
     try:
         _create_chips(fresh_vm)
+        # The timer first: its last tick may be on its way to the chips, in a thread of the kernel that KVM_SET_PIT2 waits for.
+        vm.set_timer(fresh_vm.get_timer())
         for chip in (uapi.KVM_IRQCHIP_PIC_MASTER, uapi.KVM_IRQCHIP_PIC_SLAVE, uapi.KVM_IRQCHIP_IOAPIC):
             vm.set_interrupt_chip(fresh_vm.get_interrupt_chip(chip))
-        vm.set_timer(fresh_vm.get_timer())
         mmap_size = system.vcpu_mmap_size()
         msrs = system.msr_indices()
         for vcpu in vcpus:
