@@ -1,15 +1,13 @@
-"""`clone`: from the request for a machine that is restored from a snapshot to the first port write of its guest, through the
-launcher and without, beside a start of QEMU's microvm.
+"""`clone`: from the request for a clone of a template to the first port write of its guest, beside a start of QEMU's microvm.
 
-The snapshot is of a guest that waits for its generation ID to change; what it does then is what the guest of `start` does.
-Runs alternate.
+The template is of a guest that waits for its generation ID to change; what it does then is what the guest of `start` does. The
+same snapshot is restored by `-incoming` as well, in the launcher and without. Runs alternate, with a pause in which the
+launcher gets its next child ready; *ten at once* has none: from the first request to the last guest's first write.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import statistics
 import subprocess
 import tempfile
@@ -23,6 +21,7 @@ from benches.report import BenchError, Report
 
 BAR = 0.05  # of QEMU's wall time
 _PAUSE = 0.03
+_NAME = "bench"
 _DEADLINE = 30.0
 
 
@@ -34,28 +33,47 @@ def run(count: int) -> None:
         guest.write_bytes(tiny_guest.cloned())
         plain.write_bytes(tiny_guest.image())
         words = machines.ours(guest, "128M", 1)
-        report.line("128 MiB, to save it", take(words, folder), "ms")
-        words += ["-incoming", f"file:{folder / 'template'}"]
-        alone = Command("stratovirt -incoming", words)
+        alone = Command("stratovirt -incoming", [*words, "-incoming", f"file:{folder / 'template'}"])
         qemu = Command(machines.PEER, machines.qemu(plain, "128M", 1, "-device",
                                                     f"isa-debug-exit,iobase={tiny_guest.EXIT_PORT:#x}"), tiny_guest.QEMU_STATUS)
-        warm, whole, walls = [], [], []
+        clones, warm, whole, walls, several = [], [], [], [], []
         with Launcher(folder) as launcher, Spawner() as spawner:
+            report.line("128 MiB, to make the template", make_template(words, folder, launcher), "ms")
             for number in range(-2, count):
                 time.sleep(_PAUSE)
-                one = launcher.start_and_end(words[1:])
+                one = launcher.start_and_end([_NAME], b"clone")
                 theirs, own = spawner.run(qemu).wall, spawner.run(alone).wall
+                time.sleep(_PAUSE)
+                restored = launcher.start_and_end(alone.words[1:])
                 if number >= 0:
-                    warm.append(one)
+                    clones.append(one)
                     walls.append(theirs)
                     whole.append(own)
-    report.spread("128 MiB, launcher, request to first port write", warm, "ms", f"{machines.PEER}, wall time", walls)
+                    warm.append(restored)
+            for _ in range(max(1, count // 20)):
+                time.sleep(_PAUSE)
+                several.append(at_once(launcher, 10))
+    report.spread("128 MiB, clone, request to first port write", clones, "ms", f"{machines.PEER}, wall time", walls)
+    report.spread("128 MiB, ten clones at once", several, "ms")
+    report.spread("128 MiB, launcher -incoming, request to first port write", warm, "ms", f"{machines.PEER}, wall time", walls)
     report.spread("128 MiB, standalone, wall time", whole, "ms", f"{machines.PEER}, wall time", walls)
-    report.say(f"{statistics.median(warm) / statistics.median(walls):.3f} of QEMU's wall time (bar: {BAR})")
+    report.say(f"{statistics.median(clones) / statistics.median(walls):.3f} of QEMU's wall time (bar: {BAR})")
 
 
-def take(words: list[str], folder: Path) -> float:
-    """Make the snapshot `template` in `folder`; how many ms the request took."""
+def at_once(launcher: Launcher, count: int) -> float:
+    """Ask for so many without a pause: ms from the first request to the last guest's first port write."""
+    running = [launcher.machine([_NAME], b"clone") for _ in range(count)]
+    last = 0
+    for machine in running:
+        if machine.await_end() or not machine.first_write():
+            raise BenchError("a clone did not get to its end")
+        last = max(last, machine.first_write())
+        launcher.forget(machine.pid)
+    return (last - running[0].asked) / 1e6
+
+
+def make_template(words: list[str], folder: Path, launcher: Launcher) -> float:
+    """Have the launcher hold one, with its files in `folder`; how many ms `stratovirt template create` took."""
     path = folder / "qmp"
     process = subprocess.Popen([*words, "-qmp", f"unix:{path},server,nowait"], stdin=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
@@ -65,20 +83,11 @@ def take(words: list[str], folder: Path) -> float:
             if time.monotonic() > until or process.poll() is not None:
                 raise BenchError("the machine to be saved does not serve QMP")
             time.sleep(0.01)
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(_DEADLINE)
-            client.connect(os.fsdecode(path))
-            answers = client.makefile("rb")
-            answers.readline()
-            time.sleep(0.2)  # the guest comes to its loop
-            began = time.monotonic_ns()
-            client.sendall(json.dumps({"execute": "migrate", "arguments": {"uri": f"file:{folder / 'template'}"}}).encode())
-            answer = answers.readline()
-            while b'"event"' in answer:
-                answer = answers.readline()
-            if b'"return"' not in answer:
-                raise BenchError(f"no snapshot: {answer!r}")
-            return (time.monotonic_ns() - began) / 1e6
+        time.sleep(0.2)  # the guest comes to its loop
+        began = time.monotonic_ns()
+        subprocess.run([machines.STRATOVIRT, "template", "create", _NAME, "--qmp", str(path), "--directory",
+                        str(folder / "template"), "--socket", os.fsdecode(launcher.path)], check=True, timeout=_DEADLINE)
+        return (time.monotonic_ns() - began) / 1e6
     finally:
         process.kill()
         process.wait()

@@ -25,11 +25,11 @@ _SOURCE = Path(stratovirt.__file__).parent.parent
 class WarmMachine:
     """A machine from its request on. Times are of CLOCK_MONOTONIC, in ns."""
 
-    def __init__(self, launcher: Launcher, words: list[str]) -> None:
+    def __init__(self, launcher: Launcher, words: list[str], kind: bytes = b"run") -> None:
         self._launcher = launcher
         self.asked = time.monotonic_ns()
         self.connection = client.connect(launcher.path)
-        client.request(self.connection, words)
+        client.request(self.connection, words, kind)
         self.pid = 0
         self._status = -1
         self._pidfd = -1
@@ -39,8 +39,9 @@ class WarmMachine:
         self._launcher.forget(0)
         data, ancillary, _, _ = self.connection.recvmsg(wire.MAX_ANSWER, _socket.CMSG_SPACE(4))
         kind, _, text = data.partition(b" ")
-        while kind == b"status":
-            self._status = int(text) << 8
+        while kind in (b"status", b"clone", b"running"):
+            if kind == b"status":
+                self._status = int(text) << 8
             data, ancillary, _, _ = self.connection.recvmsg(wire.MAX_ANSWER, _socket.CMSG_SPACE(4))
             kind, _, text = data.partition(b" ")
         if kind != b"pid":
@@ -98,15 +99,15 @@ class Launcher:
         """Clear a slot for the next machine with that process id; 0 is nobody's."""
         self.times[pid % launcher_probe.SLOTS] = 0
 
-    def machine(self, words: list[str]) -> WarmMachine:
+    def machine(self, words: list[str], kind: bytes = b"run") -> WarmMachine:
         """Ask for one and wait until it has a process."""
-        made = WarmMachine(self, words)
+        made = WarmMachine(self, words, kind)
         made.await_process()
         return made
 
-    def start_and_end(self, words: list[str]) -> float:
+    def start_and_end(self, words: list[str], kind: bytes = b"run") -> float:
         """Run a machine to its end: ms from the request to its guest's first port write."""
-        machine = self.machine(words)
+        machine = self.machine(words, kind)
         status = machine.await_end()
         at = machine.first_write()
         self.forget(machine.pid)

@@ -39,6 +39,10 @@ def main() -> int:
         from stratovirt.launcher import command as launcher
 
         return launcher.main(argv[1:])
+    elif argv[:1] in (["template"], ["clone"]):
+        from stratovirt.launcher import clone_command, template_command
+
+        return clone_command.main(argv[1:]) if argv[0] == "clone" else template_command.main(argv[1:])
     from stratovirt import bundle
 
     bundle.install()
@@ -120,6 +124,8 @@ def run(config: VmConfig, started_at: float = _STARTED_AT, attachment: Attachmen
 
 def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started_at: float,
                  attachment: Attachment | None) -> int:
+    import os
+
     from stratovirt import bundle, log
     from stratovirt.loop import EventLoop
     from stratovirt.machine.microvm import MicroVm
@@ -145,6 +151,7 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
             cleanup.append(PidFile(config.pidfile).remove)
         listeners = []
         if config.qmp:
+            config.directory = os.getcwd()  # for whoever asks; later it may not be looked up
             from stratovirt.control.listener import QmpListener
 
             for qmp in config.qmp:
@@ -157,7 +164,7 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
         if config.seccomp:
             from stratovirt.lockdown import Lockdown
 
-            sandbox = Lockdown(config, loop)
+            sandbox = Lockdown(config, loop, attachment.sandbox if attachment is not None else None)
             machine.start(sandbox.confine)
         else:
             machine.start()
@@ -165,6 +172,8 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
         gc.enable()
         if report is not None:
             report("")
+        if attachment is not None:
+            attachment.started()
         for listener in listeners:
             listener.serve(machine)
         bundle.refresh()

@@ -28,20 +28,18 @@ DISK_MODULES = (
 
 class Lockdown:
     """One process's sandbox; nothing but a line in the log where this version has no filters yet. `loop` is the main thread's.
+    `made` comes from `make_sandbox`, in this process and for the same configuration.
 
     Thread: the main thread, before it starts others. Raises: HostError when the host cannot do it.
     """
 
-    def __init__(self, config: VmConfig, loop: EventLoop) -> None:
+    def __init__(self, config: VmConfig, loop: EventLoop, made: Sandbox | None = None) -> None:
         self._has_disks = bool(config.drives or config.qmp)  # a QMP client may plug one in
         self._sandbox: Sandbox | None = None
         if os.uname().machine != "x86_64":
             log.info("there are no system call filters for this architecture yet")
             return
-        from stratovirt.sandbox.kernel import Sandbox
-
-        self._sandbox = Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()),
-                                bool(config.vhost_users))
+        self._sandbox = made if made is not None else make_sandbox(config)
         # Threads that are confined before this one may have something to tell.
         log.LOG.rotate_through(loop.call_soon, self._sandbox.move_log)
 
@@ -64,3 +62,10 @@ class Lockdown:
     def _fetch(self) -> None:
         for name in DISK_MODULES:
             __import__(name)
+
+
+def make_sandbox(config: VmConfig) -> Sandbox:
+    """What a machine of `config` is confined by. From here on this process gets no new privileges. Raises: HostError."""
+    from stratovirt.sandbox.kernel import Sandbox
+
+    return Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()), bool(config.vhost_users))

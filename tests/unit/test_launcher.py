@@ -139,7 +139,9 @@ def message(*fields: bytes) -> bytes:
 @pytest.mark.parametrize(("request_", "count", "answer"), [
     (b"GET / HTTP/1.1", 4, "not a request of this version"),
     (b"stratovirt 2\0run\x0022\x000,1,2\x000", 4, "not a request of this version"),
-    (message(b"stop", b"22", b"0,1,2", b"0"), 4, "no such request: 'stop' (accepted: run)"),
+    (message(b"stop", b"22", b"0,1,2", b"0"), 4, "no such request: 'stop' (accepted: run, clone, template)"),
+    (message(b"clone", b"22", b"0,1,2", b"1", b"web"), 4, "this launcher has no templates"),
+    (message(b"template", b"22", b"0,1,2", b"1", b"list"), 4, "this launcher has no templates"),
     (message(b"run", b"9", b"0,1,2", b"0"), 4, "umask: '9' (accepted: 0 to 777)"),
     (message(b"run", b"22", b"0,1,2", b"5", b"a"), 4, "count of arguments: '5' (accepted: 0 to 1)"),
     (message(b"run", b"22", b"0,1,2", b"-1"), 4, "count of arguments"),

@@ -231,7 +231,7 @@ def test_commands_are_listed_in_the_order_of_the_reference_and_say_what_they_do(
     assert listed == [entry.name for entry in COMMANDS] and len(set(listed)) == len(listed)
     assert listed[:len(REFERENCE)] == REFERENCE
     assert set(listed[len(REFERENCE):]) == {
-        "closefd", "query-cpus-fast", "query-name", "query-uuid", "query-memory-size-summary", "set_link"}
+        "closefd", "query-command-line", "query-cpus-fast", "query-name", "query-uuid", "query-memory-size-summary", "set_link"}
     assert all(entry.summary for entry in COMMANDS) and all(event.summary for event in EVENTS)
 
 

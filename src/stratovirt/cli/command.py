@@ -69,6 +69,7 @@ def parse(arguments: list[str]) -> VmConfig:
     """The machine that `arguments` (without the program's name) describe. Touches no file. Raises: ConfigError."""
     found = split_arguments(arguments)
     config = VmConfig()
+    config.arguments = arguments
     for name, apply in _IN_ORDER:
         if name in found:
             apply(config, found[name])
@@ -261,7 +262,7 @@ def _taken(option: str, id: str) -> ConfigError:
     return ConfigError(f"{id} has been added", option=f"{option} id", value=id, accepted="an id of its own for each")
 
 
-def _qmp(config: VmConfig, values: list[str]) -> None:
+def add_qmp(config: VmConfig, values: list[str]) -> None:
     monitor = read_group(options.QMP, values[0])
     scheme, _, address = monitor.string("endpoint").partition(":")
     iothread = monitor.optional_string("iothread")
@@ -334,7 +335,7 @@ _IN_ORDER: tuple[tuple[str, Callable[[VmConfig, list[str]], None]], ...] = (
     ("mem-path", _mem_path), ("mem-prealloc", _mem_prealloc), ("smp", _smp),
     ("cpu", _cpu), ("kernel", _kernel), ("initrd", _initrd), ("append", _append), ("drive", _drives),
     ("object", _objects), ("netdev", _netdevs), ("chardev", _chardevs), ("device", _devices),
-    ("qmp", _qmp), ("incoming", _incoming), ("S", _freeze), ("freeze", _freeze), ("action", _action),
+    ("qmp", add_qmp), ("incoming", _incoming), ("S", _freeze), ("freeze", _freeze), ("action", _action),
     ("no-reboot", _no_reboot), ("daemonize", _daemonize), ("pidfile", _pidfile), ("D", _log_file),
     ("disable-seccomp", _disable_seccomp),
 )

@@ -17,7 +17,7 @@ StratoVirt {version}: a lightweight virtual machine monitor for Linux KVM
 
 Start a machine:   stratovirt -kernel FILE [OPTION…]
 In a launcher:     stratovirt --warm -kernel FILE [OPTION…]
-For people:        stratovirt run, stratovirt doctor, stratovirt snapshot, stratovirt launcher; each with --help
+For people:        stratovirt run, doctor, snapshot, launcher, template, clone; each with --help
 
 Example:
   stratovirt -machine microvm -smp 2 -m 512M -kernel vmlinuz -initrd initrd.img \\

@@ -360,6 +360,10 @@ class OptionValues:
     def __getitem__(self, key: str) -> Value:
         return self._values[key]
 
+    def with_value(self, key: str, value: Value) -> OptionValues:
+        """The same but for one value."""
+        return OptionValues({**self._values, key: value}, self.given | {key})
+
     def string(self, key: str) -> str:
         value = self._values[key]
         if not isinstance(value, str):

@@ -165,8 +165,8 @@ class VmConfig:
     """Everything asked for on one command line. Defaults are those of an empty command line."""
 
     __slots__ = (
-        "accel", "chardevs", "cpu_pmu", "cpu_sve",
-        "daemonize", "devices", "drives", "dump_guest_core", "freeze", "incoming", "initrd", "iothreads", "kernel",
+        "accel", "arguments", "chardevs", "cpu_pmu", "cpu_sve",
+        "daemonize", "devices", "directory", "drives", "dump_guest_core", "freeze", "incoming", "initrd", "iothreads", "kernel",
         "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
         "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
         "reboot_action", "rng_backends", "seccomp", "serial", "smp", "spare_backends", "vhost_users",
@@ -174,6 +174,8 @@ class VmConfig:
 
     def __init__(self) -> None:
         self.name = ""
+        self.arguments: list[str] = []  # all of this as it was written
+        self.directory = ""  # where that was, once the machine is about to run
         self.machine_type = "microvm"
         self.accel = "kvm"  # or "test"
         self.mod_test = ""  # the socket that the test accelerator connects to

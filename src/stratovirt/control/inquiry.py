@@ -96,6 +96,10 @@ def _query_name(machine: MachineView, _arguments: dict[str, Any]) -> object:
     return {"name": machine.config.name} if machine.config.name else {}
 
 
+def _query_command_line(machine: MachineView, _arguments: dict[str, Any]) -> object:
+    return {"arguments": machine.config.arguments, "directory": machine.config.directory}
+
+
 def _query_uuid(_machine: MachineView, _arguments: dict[str, Any]) -> object:
     return {"UUID": "00000000-0000-0000-0000-000000000000"}  # that is how "none was given" is spelled
 
@@ -146,6 +150,9 @@ COMMANDS = (
     Command("query-chardev", _query_chardev, "The character devices in use.",
             returns=Array(record({"filename": STR, "frontend-open": BOOL, "label": STR})), strict=False),
     Command("query-name", _query_name, "The name given with -name.", returns=record({"name?": STR})),
+    Command("query-command-line", _query_command_line, "How this machine was started, for `stratovirt template create`: the "
+            "arguments behind the program's name, and the working directory.",
+            returns=record({"arguments": Array(STR), "directory": STR})),
     Command("query-uuid", _query_uuid, "The UUID of the guest.", returns=record({"UUID": STR})),
     Command("query-mem", _query_mem, "Writes the guest's memory layout into the log."),
     Command("query-memory-size-summary", _query_memory_size_summary, "The size of the guest's memory.",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stratovirt.launcher.request import Request
     from stratovirt.loop import EventLoop
     from stratovirt.machine.kvm import KvmAhead
+    from stratovirt.sandbox.kernel import Sandbox
 else:
     import _signal  # see process.py
 
@@ -27,6 +28,9 @@ class Attachment:
     def __init__(self, fd: int, ahead: KvmAhead | None = None) -> None:
         self._fd = fd
         self._ahead = ahead
+        self.sandbox: Sandbox | None = None  # made ahead
+        self.is_clone = False
+        self.detached = False  # the machine goes on without its client
 
     def take_ahead(self) -> KvmAhead | None:
         """It is the caller's now."""
@@ -35,12 +39,30 @@ class Attachment:
 
     def watch(self, loop: EventLoop, on_gone: Callable[[], None]) -> None:
         """Call `on_gone` when the client hangs up."""
+        if self.detached:
+            return
 
         def gone(_events: int) -> None:
             loop.remove(self._fd)
             on_gone()
 
         loop.add(self._fd, 0, gone)
+
+    def started(self) -> None:
+        """The guest runs."""
+        if not self.is_clone:
+            return
+        try:
+            os.write(self._fd, b"running")
+        except OSError:
+            if not self.detached:
+                return  # `watch` hears of it
+        if self.detached:
+            self.release()
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.close(null)
 
     def finish(self, status: int) -> None:
         """Tell the client how the machine ends: the launcher, which will tell it again, may have ended."""
@@ -77,8 +99,12 @@ def detach(keep: int) -> int:
     return keep
 
 
-def settle(request: Request, connection: int, soft_limit: int, ahead: KvmAhead | None = None) -> Attachment:
-    """Make this process what the client would have started itself; of its own it keeps `ahead`. Raises: OSError."""
+def settle(request: Request, connection: int, soft_limit: int, ahead: KvmAhead | None = None,
+           own: dict[str, str] | None = None) -> Attachment:
+    """Make this process what the client would have started itself; of its own it keeps `ahead`. Raises: OSError.
+
+    `own` is this process's environment, which takes long to look up.
+    """
     made = ahead.descriptors() if ahead is not None else []
     directory, connection, *made = place_descriptors(request.descriptors, [request.directory, connection, *made], own_limit())
     if ahead is not None:
@@ -87,13 +113,16 @@ def settle(request: Request, connection: int, soft_limit: int, ahead: KvmAhead |
     os.close(directory)
     os.umask(request.umask)
     _set_soft_limit(soft_limit)
-    environment = request.environment
-    for name in [name for name in os.environ if name not in environment]:
-        del os.environ[name]
-    for name, value in environment.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
+    adopt(request.environment, dict(os.environ) if own is None else own)
     return Attachment(connection, ahead)
+
+
+def adopt(environment: dict[str, str], own: dict[str, str]) -> None:
+    """Make it this process's; `own` is what this process has."""
+    for name in own.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items() - own.items():
+        os.environ[name] = value
 
 
 def own_limit() -> int:

@@ -108,7 +108,7 @@ def connect(path: bytes) -> _socket.socket:
     """Raises: OSError; Trouble when the launcher is somebody else's."""
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     # Timeouts of the kernel and not of Python, for which a full backlog would be an error at once.
-    _set_timeouts(connection, ANSWER_SECONDS)
+    set_timeouts(connection, ANSWER_SECONDS)
     connection.connect(path)
     credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     user = _struct.unpack("iII", credentials)[1]
@@ -118,17 +118,25 @@ def connect(path: bytes) -> _socket.socket:
     return connection
 
 
-def _set_timeouts(connection: _socket.socket, seconds: int) -> None:
+def set_timeouts(connection: _socket.socket, seconds: int) -> None:
     timeout = _struct.pack("ll", seconds, 0)
     connection.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, timeout)
     connection.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, timeout)
 
 
+def connect_as(wish: str) -> _socket.socket:
+    """A connection, with a launcher started for it if need be; `wish` is "start" or a path. Raises: Trouble."""
+    connection = _connect(wish)
+    if connection is None:
+        raise Trouble("there is no launcher")
+    return connection
+
+
 # -- asking
 
 
-def request(connection: _socket.socket, arguments: list[str]) -> None:
-    """Ask for a machine. Raises: Trouble."""
+def request(connection: _socket.socket, arguments: list[str], kind: bytes = b"run") -> None:
+    """Ask for a machine, or what else `kind` is. Raises: Trouble."""
     encoding = sys.getfilesystemencoding()
     words = [word.encode(encoding, "surrogateescape") for word in arguments]
     numbers = [0, 1, 2]
@@ -140,7 +148,7 @@ def request(connection: _socket.socket, arguments: list[str]) -> None:
     mask = posix.umask(0o077)
     posix.umask(mask)
     message = b"\0".join([
-        wire.GREETING, b"run", b"%o" % mask, b",".join(b"%d" % number for number in numbers), b"%d" % len(words), *words,
+        wire.GREETING, kind, b"%o" % mask, b",".join(b"%d" % number for number in numbers), b"%d" % len(words), *words,
         *[name + b"=" + value for name, value in posix.environ.items()],
     ])
     if len(message) > wire.MAX_REQUEST:
@@ -198,7 +206,7 @@ def await_machine(connection: _socket.socket) -> tuple[int, int]:
             raise Trouble(f"the launcher did not answer: {posix.strerror(error.errno or 0)}") from error
         kind, _, text = data.partition(b" ")
         if kind == b"pid" and ancillary:
-            _set_timeouts(connection, 0)
+            set_timeouts(connection, 0)
             return _struct.unpack("i", ancillary[0][2][:4])[0], status
         if kind == b"status":
             status = int(text) << 8

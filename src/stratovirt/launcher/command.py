@@ -112,8 +112,10 @@ def _fill_standard_descriptors() -> None:
 
 def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str], None] | None) -> None:
     """Until a signal, or until it has been idle for long enough. Raises: StratoVirtError."""
+    from stratovirt.launcher import clone as _clone  # noqa: F401  # its children need it, and shall not have to import it
     from stratovirt.launcher.practice import fill_gaps, practise, rehearse
     from stratovirt.launcher.server import Launcher
+    from stratovirt.launcher.templates import Templates, root_of
     from stratovirt.launcher.warm import warm_up
     from stratovirt.loop import EventLoop
 
@@ -123,6 +125,8 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each machine that runs
     os.chdir("/")
     loop = EventLoop()
+    templates = Templates(root_of(os.fsdecode(socket.socket.getsockname())))
+    templates.find()
 
     def end() -> None:
         socket.remove()
@@ -132,12 +136,12 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     # Whatever is here now stays: a collection that looked through it would copy its pages in every child.
     gc.freeze()
     gc.disable()
-    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end, rehearse, make_ahead)
     for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, lambda _number, _frame: end())
     if report is not None:
-        report("")
-    else:
+        report("")  # before there is a child, which would keep the stderr of who started the daemon
+    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end, rehearse, make_ahead, templates)
+    if report is None:
         log.info(f"listening at {os.fsdecode(socket.path) or 'the socket of systemd'}")
     loop.run()
     kept.clear()

@@ -7,6 +7,7 @@ import os
 from stratovirt.launcher import wire
 
 MAX_NUMBER = 1 << 20
+RUN, CLONE, TEMPLATE = KINDS = ("run", "clone", "template")
 
 
 class RequestError(Exception):
@@ -19,10 +20,11 @@ class Request:
     All descriptors of the request are the owner's to close: `close` does.
     """
 
-    __slots__ = ("arguments", "descriptors", "directory", "environment", "umask")
+    __slots__ = ("arguments", "descriptors", "directory", "environment", "kind", "umask")
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], umask: int, directory: int,
+    def __init__(self, kind: str, arguments: list[str], environment: dict[str, str], umask: int, directory: int,
                  descriptors: dict[int, int]) -> None:
+        self.kind = kind  # one of KINDS
         self.arguments = arguments
         self.environment = environment
         self.umask = umask
@@ -39,8 +41,9 @@ def read_request(message: bytes, received: list[int], limit: int) -> Request:
     fields = message.split(b"\0")
     if fields[0] != wire.GREETING or len(fields) < 5:
         raise RequestError(f"not a request of this version (accepted: one that begins with {wire.GREETING.decode()!r})")
-    if fields[1] != b"run":
-        raise RequestError(f"no such request: {_shown(fields[1])} (accepted: run)")
+    kind = fields[1].decode("latin-1")
+    if kind not in KINDS:
+        raise RequestError(f"no such request: {_shown(fields[1])} (accepted: {', '.join(KINDS)})")
     umask = _number(fields[2], 8, 0o777, "umask")
     count = _number(fields[4], 10, len(fields) - 5, "count of arguments")
     numbers = [_number(text, 10, MAX_NUMBER, "descriptor number") for text in fields[3].split(b",")]
@@ -58,7 +61,15 @@ def read_request(message: bytes, received: list[int], limit: int) -> Request:
             raise RequestError(f"not a variable of an environment: {_shown(field)} (accepted: NAME=VALUE)")
         environment[os.fsdecode(name)] = os.fsdecode(value)
     arguments = [os.fsdecode(word) for word in fields[5 : 5 + count]]
-    return Request(arguments, environment, umask, received[0], dict(zip(numbers, received[1:], strict=True)))
+    return Request(kind, arguments, environment, umask, received[0], dict(zip(numbers, received[1:], strict=True)))
+
+
+def with_arguments(message: bytes, arguments: list[str]) -> bytes:
+    """A message that `read_request` has taken, with other arguments."""
+    fields = message.split(b"\0")
+    count = int(fields[4])
+    fields[4 : 5 + count] = [b"%d" % len(arguments), *map(os.fsencode, arguments)]
+    return b"\0".join(fields)
 
 
 def _number(text: bytes, base: int, most: int, what: str) -> int:

@@ -7,6 +7,9 @@ goes through as far as it is the same for all, has a VM of KVM, and waits at a s
 So the fork, most of the first writes to shared pages, and most of what KVM takes its time for, are over when the request
 comes. The launcher's end is the spare's.
 
+A clone is such a machine, forked for its template: its spare has the template's memory mapped and its processors restored.
+There is one for the template that was made or used last; clones of others, and the second of several at once, wait for a fork.
+
 The launcher does nothing else, so that there is little to go wrong: no thread (a fork copies only the one that calls it), no
 work for a machine that runs, one callback for each step. A client that says nothing is let go after `REQUEST_SECONDS`, and the
 oldest such client when there are `MAX_SILENT` of them. Of a machine that runs it holds one descriptor, the connection, to tell
@@ -18,14 +21,18 @@ Thread: all of it on the one thread that there is.
 from __future__ import annotations
 
 import _socket
+import gc
+import json
 import os
-import select
 import struct
 
 from stratovirt import log
+from stratovirt.errors import StratoVirtError
 from stratovirt.launcher import wire
-from stratovirt.launcher.child import RESET_SIGNALS, Attachment, detach, settle
-from stratovirt.launcher.request import RequestError, read_request
+from stratovirt.launcher.child import RESET_SIGNALS, Attachment
+from stratovirt.launcher.request import CLONE, RUN, TEMPLATE, RequestError, read_request, with_arguments
+from stratovirt.launcher.spare import ROOM_FOR_RIGHTS, Makers, Spare, become_machine, rehearse_request
+from stratovirt.launcher.spare import descriptors_of as _descriptors
 from stratovirt.loop import READ, EventLoop
 
 TYPE_CHECKING = False
@@ -33,6 +40,10 @@ if TYPE_CHECKING:
     import signal as _signal
     from collections.abc import Callable
 
+    from stratovirt.launcher.identity import Identity
+    from stratovirt.launcher.request import Request
+    from stratovirt.launcher.template import Template
+    from stratovirt.launcher.templates import Templates
     from stratovirt.loop import Timer
     from stratovirt.machine.kvm import KvmAhead
 else:
@@ -42,27 +53,6 @@ REQUEST_SECONDS = 5.0
 MAX_SILENT = 64
 SPARE_SECONDS = 0.005
 _ACCEPTED_AT_ONCE = 16
-_ROOM_FOR_RIGHTS = _socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 1) * 4)
-
-
-class Spare:
-    """A child without a request yet, and the socket where it waits for one."""
-
-    __slots__ = ("pid", "pidfd", "socket")
-
-    def __init__(self, pid: int, pidfd: int, socket: _socket.socket) -> None:
-        self.pid = pid
-        self.pidfd = pidfd
-        self.socket = socket
-
-    def close(self) -> None:
-        """Let go of it: without a request it ends."""
-        self.socket.close()
-        os.close(self.pidfd)
-
-
-class NoRequest(Exception):
-    """The launcher has ended, or does not need this child."""
 
 
 class Launcher:
@@ -71,6 +61,7 @@ class Launcher:
     `rehearse()` runs in the spare child, which lets go afterwards of what it has opened; after it `make_ahead(last)`, with the
     arguments of the last machine, whose result is in the attachment later. `start(arguments, attachment)` runs in the child
     when it has its request, and returns the machine's exit status, or ends the process itself.
+    `templates` are what clones are made of; without, there are none.
     `soft_limit` is how many files a machine may have open, `idle` after how many seconds without one `on_idle` is called
     (0: never).
     """
@@ -78,17 +69,18 @@ class Launcher:
     def __init__(self, loop: EventLoop, listener: _socket.socket, start: Callable[[list[str], Attachment], int],
                  soft_limit: int, idle: float = 0.0, on_idle: Callable[[], None] = lambda: None,
                  rehearse: Callable[[], None] = lambda: None,
-                 make_ahead: Callable[[list[str]], KvmAhead | None] = lambda last: None) -> None:
+                 make_ahead: Callable[[list[str]], KvmAhead | None] = lambda last: None,
+                 templates: Templates | None = None) -> None:
         self._loop = loop
         self._listener = listener
-        self._start = start
         self._soft_limit = soft_limit
         self._idle = idle
         self._on_idle = on_idle
-        self._rehearse = rehearse
-        self._make_ahead = make_ahead
+        self._makers = Makers(start, rehearse, lambda: make_ahead(self._last))
         self._last: list[str] = []
+        self._templates = templates
         self._spare: Spare | None = None
+        self._clone_spare: Spare | None = None
         self._closed = False
         self._idle_timer: Timer | None = None
         self._user = os.geteuid()
@@ -170,7 +162,7 @@ class Launcher:
     def _take_request(self, connection: _socket.socket) -> bool:
         """Read a request and carry it out. False when there is none yet."""
         try:
-            length, ancillary, flags, _ = connection.recvmsg_into([self._buffer], _ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
+            length, ancillary, flags, _ = connection.recvmsg_into([self._buffer], ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -187,27 +179,70 @@ class Launcher:
                 raise RequestError(f"the request is longer than {wire.MAX_REQUEST} bytes")
             if flags & _socket.MSG_CTRUNC:
                 raise RequestError(f"more than {wire.MAX_DESCRIPTORS} descriptors, or more than this process may open")
-            self._last = read_request(bytes(self._view[:length]), received, self._soft_limit).arguments
-        except RequestError as error:
-            _close_all(received)
+            message = bytes(self._view[:length])
+            request = read_request(message, received, self._soft_limit)
+            if request.kind == RUN:
+                self._last = request.arguments
+            self._carry_out(request, message, received, connection)
+        except (RequestError, StratoVirtError) as error:
             _refuse(connection, str(error))
-            return True
-        request = bytes(self._view[:length])
-        if not self._hand_over(request, received, connection):
-            _refuse(connection, "no process could be made for the machine")
         _close_all(received)
-        if self._spare is None:
-            # For the next, when this machine has had time to start: until then they would take processors from each other.
-            self._loop.call_later(SPARE_SECONDS, self._make_spare)
         return True
+
+    def _carry_out(self, request: Request, message: bytes, received: list[int], connection: _socket.socket) -> None:
+        """Raises: RequestError, StratoVirtError."""
+        if request.kind == TEMPLATE:
+            created = request.arguments[:1] == ["create"]
+            self._answer(connection, self._known_templates().command(request.arguments), created)
+            return
+        template, clone = None, None
+        if request.kind == CLONE:
+            template, clone = self._known_templates().allot(request.arguments)
+            message = with_arguments(message, clone.words())
+            if len(message) > wire.MAX_REQUEST:
+                raise RequestError(f"the request is longer than {wire.MAX_REQUEST} bytes")
+        if not self._hand_over(message, received, connection, template, clone):
+            raise RequestError("no process could be made for the machine")
+        # For the next, when this machine has had time to start: until then they would take processors from each other.
+        self._loop.call_later(SPARE_SECONDS, lambda: self._make_spare(template))
+
+    # -- templates
+
+    def _known_templates(self) -> Templates:
+        if self._templates is None:
+            raise RequestError("this launcher has no templates")
+        return self._templates
+
+    def _answer(self, connection: _socket.socket, result: object, created: bool) -> None:
+        data = json.dumps(result).encode()
+        if len(data) > wire.MAX_DONE - 5:
+            raise RequestError("the answer is too long")
+        _send(connection, b"done " + data)
+        connection.close()
+        gc.freeze()  # a template stays, and is not to be looked through in every child
+        spare, templates = self._clone_spare, self._known_templates()
+        if spare is not None and (spare.template is None or not templates.has(spare.template)):
+            spare.close()
+            self._clone_spare = None
+        latest = templates.latest
+        if latest is not None and (self._clone_spare is None or created):
+            self._loop.call_later(SPARE_SECONDS, lambda: self._make_spare(latest))
 
     # -- machines
 
-    def _hand_over(self, request: bytes, received: list[int], connection: _socket.socket) -> bool:
+    def _take_spare(self, template: Template | None) -> Spare | None:
+        self._make_spare(template)
+        if template is not None:
+            spare, self._clone_spare = self._clone_spare, None
+        else:
+            spare, self._spare = self._spare, None
+        return spare
+
+    def _hand_over(self, request: bytes, received: list[int], connection: _socket.socket, template: Template | None = None,
+                   clone: Identity | None = None) -> bool:
         """Make the spare child the machine of `request`, and say so."""
         for _ in range(2):  # a spare may have been killed
-            self._make_spare()
-            spare, self._spare = self._spare, None
+            spare = self._take_spare(template)
             if spare is None:
                 return False
             rights = struct.pack(f"{len(received) + 1}i", connection.fileno(), *received)
@@ -217,11 +252,10 @@ class Launcher:
                 log.warn(f"the process that was ready for the next machine is gone: {error.strerror}")
                 spare.close()
                 continue
-            try:
-                connection.sendmsg([b"pid %d" % spare.pid],
-                                   [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", spare.pidfd))])
-            except OSError as error:
-                log.debug(f"a client went away: {error.strerror}")  # and the machine learns it by itself
+            if clone is not None and self._templates is not None:
+                self._templates.begun(spare.pid, clone)
+                _send(connection, b"clone " + json.dumps(clone.describe()).encode())
+            _send(connection, b"pid %d" % spare.pid, [spare.pidfd])  # if it has gone, the machine learns it by itself
             spare.close()
             self._machines[spare.pid] = connection.detach()
             if self._idle_timer is not None:
@@ -230,9 +264,18 @@ class Launcher:
             return True
         return False
 
-    def _make_spare(self) -> None:
-        """Fork the child that waits for the next request, unless there is one."""
-        if self._spare is not None or self._closed:
+    def _make_spare(self, template: Template | None = None) -> None:
+        """Fork the child that waits for the next request, or the next for a clone of `template`, unless there is one."""
+        if self._closed:
+            return
+        if template is not None:
+            spare = self._clone_spare
+            if (spare is not None and spare.template is template) or not self._known_templates().has(template):
+                return
+            if spare is not None:
+                spare.close()
+                self._clone_spare = None
+        elif self._spare is not None:
             return
         try:
             ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
@@ -243,45 +286,25 @@ class Launcher:
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_machine(theirs, ours)
+                self._loop.close()
+                spares = [spare.socket for spare in (self._spare, self._clone_spare) if spare is not None]
+                for socket in (self._listener, ours, *spares, *(silent for silent, _ in self._silent.values())):
+                    socket.detach()  # the number will be somebody else's: no object shall close it
+                become_machine(theirs, self._makers, self._soft_limit, template)
             # Nobody but this loop, later, waits for the child: the number is its, even if it has ended by now.
-            self._spare = Spare(pid, os.pidfd_open(pid), ours)
+            spare = Spare(pid, os.pidfd_open(pid), ours, template)
+            if template is not None:
+                self._clone_spare = spare
+                self._known_templates().rehearse(template)
+                rehearse_request(template.name, self._soft_limit)
+            else:
+                self._spare = spare
         except OSError as error:
             log.warn(f"fork: {error.strerror}")
             ours.close()  # a child that has begun ends, for nobody is left at the other side
         finally:
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
             theirs.close()
-
-    def _become_machine(self, requests: _socket.socket, launchers: _socket.socket) -> None:
-        """In the child, and it does not return."""
-        status = 1
-        attachment = None
-        try:
-            self._loop.close()
-            for socket in (self._listener, launchers, *(silent for silent, _ in self._silent.values())):
-                socket.detach()  # the number will be somebody else's: no object shall close it
-            source = detach(requests.detach())
-            self._rehearse()
-            # Whoever is waiting already is served sooner by a VM that is made in its usual order.
-            ahead = None if _is_waiting(source) else self._make_ahead(self._last)
-            message, received = _await_request(source)
-            os.close(source)
-            request = read_request(message, received[1:], self._soft_limit)
-            attachment = settle(request, received[0], self._soft_limit, ahead)
-            status = self._start(request.arguments, attachment)
-        except NoRequest:
-            status = 0
-        except OSError as error:
-            os.write(2, f"stratovirt: the machine's process cannot be set up: {error}\n".encode())
-        except BaseException:  # noqa: BLE001  # our own defect: it ends here, and never as a second launcher
-            import traceback
-
-            os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
-        finally:
-            if attachment is not None:
-                attachment.finish(status)
-            os._exit(status)
 
     def _reap(self) -> None:
         while True:
@@ -291,11 +314,10 @@ class Launcher:
                 break
             if pid == 0:
                 break
-            if self._spare is not None and self._spare.pid == pid:
-                log.warn("the process that was ready for the next machine has ended")
-                self._spare.close()
-                self._spare = None
+            if self._forget_spare(pid):
                 continue
+            if self._templates is not None:
+                self._templates.ended(pid)
             fd = self._machines.pop(pid, -1)
             if fd >= 0:
                 try:
@@ -304,6 +326,19 @@ class Launcher:
                     log.debug(f"a client went away before its machine: {error.strerror}")
                 os.close(fd)
         self._consider_idling()
+
+    def _forget_spare(self, pid: int) -> bool:
+        """If it was one."""
+        for spare in (self._spare, self._clone_spare):
+            if spare is not None and spare.pid == pid:
+                log.warn("the process that was ready for the next machine has ended")
+                spare.close()
+                if spare is self._spare:
+                    self._spare = None
+                else:
+                    self._clone_spare = None
+                return True
+        return False
 
     def _consider_idling(self) -> None:
         if self._idle and not self._machines and self._idle_timer is None:
@@ -316,9 +351,10 @@ class Launcher:
     def close(self) -> None:
         """Stop serving. Machines run on, and tell their clients themselves how they end."""
         self._closed = True
-        if self._spare is not None:
-            self._spare.close()  # and so it ends
-            self._spare = None
+        for spare in (self._spare, self._clone_spare):
+            if spare is not None:
+                spare.close()  # and so it ends
+        self._spare = self._clone_spare = None
         self._loop.remove(self._listener.fileno())
         self._listener.close()
         for fd in list(self._silent):
@@ -333,34 +369,17 @@ class Launcher:
         self._machines.clear()
 
 
-def _is_waiting(source: int) -> bool:
-    """Is there a request, or will there never be one?"""
-    poll = select.poll()
-    poll.register(source, READ)
-    return bool(poll.poll(0))
-
-
-def _await_request(source: int) -> tuple[bytes, list[int]]:
-    """A request and what came with it, the connection first. Raises: NoRequest, OSError."""
-    socket = _socket.socket(fileno=source)
-    message, ancillary, _, _ = socket.recvmsg(wire.MAX_REQUEST, _ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
-    socket.detach()
-    if not message:
-        raise NoRequest
-    return message, _descriptors(ancillary)
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    received: list[int] = []
-    for level, kind, data in ancillary:
-        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
-            received += struct.unpack(f"{len(data) // 4}i", data[: len(data) & -4])
-    return received
-
-
 def _close_all(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _send(connection: _socket.socket, message: bytes, fds: list[int] | None = None) -> None:
+    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+    try:
+        connection.sendmsg([message], rights)
+    except OSError as error:
+        log.debug(f"a client went away: {error.strerror}")
 
 
 def _refuse(connection: _socket.socket, why: str) -> None:

@@ -6,6 +6,10 @@ Layout of the request, fields separated by NUL, which none of them can contain:
 
     "stratovirt 1", "run", umask in octal, descriptor numbers "0,1,2,7", count of the arguments, arguments…, "NAME=VALUE"…
 
+A clone of a template is asked for by "clone" in the place of "run". Its arguments are the template's name and what the clone
+is to have of its own: "name=…", "mac=…", "cid=…", "tap=…", "qmp=…", "detach=1" (`identity.py`). "template" is a question or an
+order about templates: "create" NAME DIRECTORY, "list", "show" NAME, "remove" NAME.
+
 With it come descriptors (SCM_RIGHTS): the working directory first, then those that the numbers name, in that order.
 
 Layout of the answers, a message each:
@@ -14,6 +18,9 @@ Layout of the answers, a message each:
     "status N"    from the machine itself, its last act: it ends with exit status N
     "ended N"     from the launcher: it has ended, with wait status N
     "error TEXT"  there is no machine
+    "clone JSON"  before "pid": what the clone has of its own
+    "running"     from a clone: its guest runs; after "detach=1" nobody need listen any longer
+    "done JSON"   the answer to "template", and the last
 
 A machine of a short life may tell its status before the launcher tells its pid; "ended" and "error" are always last.
 The machine keeps the connection, too. It ends when its client hangs up, and its status arrives without the launcher.
@@ -27,6 +34,7 @@ GREETING = b"stratovirt 1"
 MAX_REQUEST = 128 << 10  # bytes
 MAX_DESCRIPTORS = 252  # one less than SCM_MAX_FD of Linux: the launcher hands them on together with the connection
 MAX_ANSWER = 4096
+MAX_DONE = 128 << 10  # of a "done"
 SOCKET_NAME = b"stratovirt-launcher.sock"
 
 

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from stratovirt.address_map import AddressMap
     from stratovirt.config.vm import VmConfig
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
+    from stratovirt.hypervisor.kvm.vm import KvmVm
     from stratovirt.loop import EventLoop
     from stratovirt.machine.boot import Boot
+    from stratovirt.machine.snapshot import Incoming
 
     class InterruptLine(Protocol):
         @property
@@ -88,19 +90,29 @@ class KvmAhead:
     """What KVM can be asked for before it is known what machine it is for, so that the machine need not wait.
 
     It is of the process that makes it: a VM cannot be used after a fork. `memory_size` is a guess at what the machine will
-    have, in bytes, or 0. Raises: HostError.
+    have, in bytes, or 0. `CloneAhead` in `machine/clone.py` has more: the memory of a template, processors, and the snapshot
+    that they are restored from. Raises: HostError.
     """
 
     def __init__(self, memory_size: int = 0) -> None:
         self.system = KvmSystem()
+        self.processors: Processors | None = None
+        self.incoming: Incoming | None = None
         self._memory: list[RamRegion] = []
         try:
             if memory_size:
                 self._memory = [RamRegion(base, HostMapping(size)) for base, size in layout.ram_ranges(memory_size)]
-            self.vm = Processors.create_ahead(self.system, self._memory)
+            self.vm = self._create_vm()
         except HostError:
             self.system.close()
             raise
+
+    def _create_vm(self) -> KvmVm | None:
+        return Processors.create_ahead(self.system, self._memory)
+
+    def _holders(self) -> list[KvmSystem | KvmVm | KvmVcpu]:
+        vcpus = self.processors.vcpus if self.processors is not None else []
+        return [self.system, *([] if self.vm is None else [self.vm]), *vcpus]
 
     def take_memory(self, ranges: list[tuple[int, int]]) -> list[RamRegion]:
         """What the VM has in its slots, if that is memory in `ranges`; else [], and it has none any more. Raises: HostError."""
@@ -111,13 +123,12 @@ class KvmAhead:
         return []
 
     def descriptors(self) -> list[int]:
-        return [self.system.fd] if self.vm is None else [self.system.fd, self.vm.fd]
+        return [holder.fd for holder in self._holders()]
 
     def renumber(self, fds: list[int]) -> None:
         """They have other numbers now, in the order of `descriptors`."""
-        self.system.fd = fds[0]
-        if self.vm is not None:
-            self.vm.fd = fds[1]
+        for holder, fd in zip(self._holders(), fds, strict=True):
+            holder.fd = fd
 
     def let_go(self) -> None:
         """It is not wanted."""
@@ -142,7 +153,8 @@ class KvmAccelerator:
                  on_exit: Callable[[KvmVcpu, str, int], None], on_dead: Callable[[], None],
                  ahead: KvmAhead | None = None) -> None:
         self.system = KvmSystem() if ahead is None else ahead.system
-        self.processors = Processors(self.system, config, None if ahead is None else ahead.vm)
+        made = None if ahead is None else ahead.processors
+        self.processors = made or Processors(self.system, config, None if ahead is None else ahead.vm)
         self.vm = self.processors.vm
         self.threads: VcpuThreads | None = None
         self._ports = ports

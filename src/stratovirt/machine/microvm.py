@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from stratovirt.snapshot.dirty import DirtyPages
     from stratovirt.virtio.balloon import VirtioBalloon
 
+# A clone is there for its first instructions. What this thread has to do yet would keep the interpreter from its first exits.
+GUEST_FIRST_SECONDS = 0.001
 _BOOT_PHASES = {1: "the kernel has started", 2: "the boot is complete"}
 
 
@@ -67,6 +69,7 @@ class MicroVm(Lifecycle):
         self.lineage: set[str] = set()  # ids of the snapshots that it was saved in or restored from
         self.dirty: DirtyPages | None = None  # what is written, once somebody wants it counted
         self._incoming: Incoming | None = None
+        self._is_ahead = ahead is not None and ahead.incoming is not None  # its memory and its processors are restored already
         self._make_boot: Callable[[], Boot] | None = None  # of a restored machine, which needs it for a reset only
         self._device_loop = loop  # as devices see it
         self._hotplug: HotPlug | None = None
@@ -76,9 +79,7 @@ class MicroVm(Lifecycle):
         """Make the machine, up to the guest's first instruction or where a snapshot left it. Raises: ConfigError, HostError."""
         config = self.config
         if config.incoming is not None:
-            from stratovirt.machine.snapshot import Incoming
-
-            self._incoming = Incoming(config)
+            self._incoming = self._open_incoming(config)
             self.lineage |= self._incoming.lineage
         self.accelerator = accelerator = self._create_accelerator()
         self.vm = accelerator.vm
@@ -116,6 +117,13 @@ class MicroVm(Lifecycle):
         accelerator.create_processors(self.boot)
         if self._incoming is not None:
             self._incoming.restore(self)
+
+    def _open_incoming(self, config: VmConfig) -> Incoming:
+        if self._ahead is not None and self._ahead.incoming is not None:
+            return self._ahead.incoming
+        from stratovirt.machine.snapshot import Incoming
+
+        return Incoming(config)
 
     def _create_accelerator(self) -> Accelerator:
         config = self.config
@@ -155,6 +163,8 @@ class MicroVm(Lifecycle):
         ranges = layout.ram_ranges(config.memory_size)
         ahead, self._ahead = self._ahead, None
         registered = ahead.take_memory(ranges if config.ram is None else []) if ahead is not None else []
+        if self._is_ahead:
+            return GuestMemory(registered)
         for id in config.memory_backends:
             if id != config.memory_backend:
                 log.warn(f"-object id={id}: this memory is not used, -machine memory-backend={id} is missing")
@@ -212,6 +222,9 @@ class MicroVm(Lifecycle):
             iothread.start(confine)
         self.state = PAUSED if paused else RUNNING
         if self._incoming is not None:
+            if self._is_ahead:
+                time.sleep(GUEST_FIRST_SECONDS)
+            self._incoming.tell()
             self._prepare_boot()
 
     def _prepare_boot(self) -> None:

@@ -27,9 +27,11 @@ from stratovirt.snapshot.saved import Saved, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from stratovirt.arch.x86_64.layout import Slot
     from stratovirt.config.vm import DeviceConfig, VmConfig
-    from stratovirt.machine.board import PlatformDevices
+    from stratovirt.machine.board import PlatformDevices, Processors
     from stratovirt.machine.microvm import MicroVm
     from stratovirt.machine.slots import OccupiedSlot
     from stratovirt.memory import RamRegion
@@ -194,15 +196,20 @@ class _Told:
 
 
 class Incoming:
-    """The snapshot that the machine of `config` is built from. Raises: ConfigError from everything; HostError from KVM."""
+    """The snapshot that the machine of `config` is built from. Raises: ConfigError from everything; HostError from KVM.
 
-    def __init__(self, config: VmConfig) -> None:
+    `read` is its state and `chain` its memory, where somebody has them open already; `chain` stays theirs.
+    """
+
+    def __init__(self, config: VmConfig, read: dict[str, Any] | None = None, chain: Chain | None = None) -> None:
         assert config.incoming is not None  # the caller has looked
+        self._is_lent = chain is not None
         self._directory, self._mapped = config.incoming.directory, config.incoming.mapped
         self._track = config.incoming.track
         self._told = _Told(self._directory)
+        self._processors: Saved | None = None
         with self._told:
-            self._read = state_file.read(self._directory)
+            self._read = read if read is not None else state_file.read(self._directory)
             self._state = state = Saved(self._read)
             state.text("magic")
             state.integer("version")
@@ -214,7 +221,7 @@ class Incoming:
             state.optional_section("base")  # the chain has read it
             self._check_machine(config, state.section("machine"))
             self._slots = self._read_slots(config, state)
-            self._open_memory(config, state)
+            self._open_memory(config, state, chain)
 
     def _check_machine(self, config: VmConfig, saved: Saved) -> None:
         for name, ours in _describe(config).items():
@@ -262,7 +269,7 @@ class Incoming:
 
     # -- memory
 
-    def _open_memory(self, config: VmConfig, state: Saved) -> None:
+    def _open_memory(self, config: VmConfig, state: Saved, chain: Chain | None) -> None:
         """All of the chain is there and fits, before anything is made."""
         self._offsets: dict[int, int] = {}
         expected = layout.ram_ranges(config.memory_size)
@@ -277,12 +284,18 @@ class Incoming:
             section.end()
             self._offsets[base] = end
             end += size
-        self._chain = Chain(self._directory, self._read)
+        self._chain = chain if chain is not None else Chain(self._directory, self._read)
         self.lineage = set(self._chain.ids)
 
     def load_memory(self, region: RamRegion) -> None:
         with self._told:
             self._chain.load(region, self._offsets[region.base], self._mapped)
+
+    def prepare(self, processors: Processors) -> None:
+        """Set of processors what stands still. `restore` may then come any time later."""
+        self._processors = self._state.section("processors")
+        with self._told:
+            processors.prepare(self._processors)
 
     # -- the rest, once everything is plugged in
 
@@ -302,8 +315,14 @@ class Incoming:
                     raise state.error("kind", f"{kind!a}, and the machine has {device.name} there")
                 occupied[number].transport.restore(state)
             platform.restore(self._state.section("platform"))
-            accelerator.processors.restore(self._state.section("processors"))
+            if self._processors is None:
+                self._processors = self._state.section("processors")
+            accelerator.processors.restore(self._processors)
             self._state.end()
-            self._chain.close()
+            if not self._is_lent:
+                self._chain.close()
             platform.tell_generation(machine.memory)
+
+    def tell(self) -> None:
+        """For the log, once the guest runs: that it waits for no line."""
         log.info(f"restored from snapshot {self._id}")

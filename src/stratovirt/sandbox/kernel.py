@@ -56,6 +56,7 @@ class Sandbox:
         marks = ((_IO_URING_MARK, io_uring), (_VHOST_USER_MARK, vhost_user), (_NO_VHOST_USER_MARK, not vhost_user))
         self._granted = [mark for mark, granted in marks if granted]
         self._pages: HostMapping | None = None
+        self._ready: dict[int, bytearray] = {}
         use_one_heap()
         try:
             syscall(_PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -96,7 +97,7 @@ class Sandbox:
 
     def confine(self, kind: int) -> None:
         """From now on this thread, and those that it starts, can do what its kind may and no more. Raises: HostError."""
-        program = bytearray(self._program(kind))
+        program = self._ready.get(kind) or bytearray(self._program(kind))
         address, _anchor = address_of(program)
         # struct sock_fprog { unsigned short len; struct sock_filter *filter; }
         header = bytearray(struct.pack("<HxxxxxxQ", len(program) // 8, address))
@@ -110,6 +111,11 @@ class Sandbox:
                 syscall(_SECCOMP, _SET_MODE_FILTER, 0, header_at)  # before Linux 4.17
         except OSError as error:
             raise HostError.from_os("seccomp(SECCOMP_SET_MODE_FILTER)", error, _HINT) from error
+
+    def prepare(self) -> None:
+        """Have the filters ready before a thread asks for one. In the process that they are for."""
+        for kind in range(len(FILTERS)):
+            self._ready[kind] = bytearray(self._program(kind))
 
     def _program(self, kind: int) -> bytes:
         program = FILTERS[kind].replace(_PID_MARK, struct.pack("<I", os.getpid()))

@@ -82,6 +82,15 @@ class Saved:
                 raise self.error(f"{name}[{number}]", f"{_shown(value)} is not a number from {low} to {high}")
         return list(values)
 
+    def texts(self, name: str, limit: int) -> list[str]:
+        values = self._take(name)
+        if type(values) is not list or len(values) > limit:
+            raise self.error(name, f"not a list of at most {limit} texts")
+        for number, value in enumerate(values):
+            if type(value) is not str:
+                raise self.error(f"{name}[{number}]", f"{_shown(value)} is not a text")
+        return list(values)
+
     def section(self, name: str) -> Saved:
         value = self._take(name)
         if type(value) is not dict:

@@ -255,6 +255,8 @@ class VirtioNet(VirtioDevice):
         state.data("own_mac", MAC_SIZE)
         with self._work:
             self.filter.restore(state.section("filter"))
+            if not self.active:  # no driver has read the address that it had, and this machine may be a clone
+                self.filter.mac = self.filter.own_mac
             self._pairs.enable(wanted)
             if not cable and not self._tap_gone:
                 self.link_up = False

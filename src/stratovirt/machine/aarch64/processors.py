@@ -104,6 +104,10 @@ class Processors:
         for vcpu in self.vcpus:
             vcpu.init(self._target, features | (1 << uapi.KVM_ARM_VCPU_POWER_OFF if vcpu.id else 0))
 
+    def create_all(self) -> None:
+        """The vCPUs and the GIC."""
+        self.create_interrupt_chips()
+
     def create(self) -> None:
         """They are there already."""
 
@@ -115,6 +119,10 @@ class Processors:
 
     def save(self) -> dict[str, object]:
         """What a snapshot would keep. Raises: HostError."""
+        raise HostError("there are no snapshots of arm64 machines yet")
+
+    def prepare(self, state: Saved) -> None:
+        """Raises: HostError."""
         raise HostError("there are no snapshots of arm64 machines yet")
 
     def restore(self, state: Saved) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stratovirt.hypervisor.kvm.system import KvmSystem
     from stratovirt.loop import EventLoop
     from stratovirt.machine.vcpus import VcpuThreads
+    from stratovirt.machine.x86_64.saved_processors import Prepared
     from stratovirt.memory import RamRegion
     from stratovirt.snapshot.saved import Saved
 
@@ -33,9 +34,12 @@ class Processors:
         self.vcpus: list[KvmVcpu] = []
         self._system = system
         self._smp = config.smp
+        self._prepared: Prepared | None = None
 
     def create_interrupt_chips(self) -> str:
         """PIC, IOAPIC, local APICs and PIT. After memory, before irqfds and vCPUs. What tables have to be told: nothing."""
+        if self._prepared is not None:
+            return ""
         if self._has_chips:
             self.vm.set_clock(0)  # the machine begins now
         else:
@@ -60,9 +64,15 @@ class Processors:
             raise
         return vm
 
+    def create_all(self) -> None:
+        """Chips and vCPUs, for `prepare`. After memory. Raises: ConfigError, HostError."""
+        _create_chips(self.vm)
+        self.create()
+
     def create(self) -> None:
         """The vCPUs: the first is runnable, the others wait for their start-up IPI."""
-        self.vcpus = create_vcpus(self._system, self.vm, topology_of(self._smp), self._smp.max_cpus)
+        if self._prepared is None:
+            self.vcpus = create_vcpus(self._system, self.vm, topology_of(self._smp), self._smp.max_cpus)
 
     def reset(self) -> None:
         """Back to where `create` left them. Call it while no vCPU runs."""
@@ -74,11 +84,22 @@ class Processors:
 
         return saved_processors.save(self._system, self.vm, self.vcpus)
 
-    def restore(self, state: Saved) -> None:
-        """Go on from what `save` gave. Call it after `create`, before any vCPU runs. Raises: SnapshotError, HostError."""
+    def prepare(self, state: Saved) -> None:
+        """The first part of `restore`, which may come long before: all but what moves on by itself.
+
+        Raises: SnapshotError, HostError.
+        """
         from stratovirt.machine.x86_64 import saved_processors
 
-        saved_processors.restore(self._system, self.vm, self.vcpus, state)
+        self._prepared = saved_processors.prepare(self._system, self.vcpus, state)
+
+    def restore(self, state: Saved) -> None:
+        """Go on from what `save` gave. Call it after `create`, before any vCPU runs. Raises: SnapshotError, HostError."""
+        if self._prepared is None:
+            self.prepare(state)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.finish(self.vm)
 
     def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
         """Call `on_dead` when no processor can ever run again."""

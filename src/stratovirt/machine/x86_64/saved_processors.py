@@ -7,6 +7,9 @@ Facts about KVM that the order rests on:
 - MSR_IA32_TSC_DEADLINE counts in the mode of the APIC's timer and against the TSC: it is the last MSR.
 - TSCs that are written within a second of each other, and fit, are taken for synchronized.
 
+A restore has two steps. `prepare` sets what stands still, and may be long before the guest runs; `Prepared.finish` sets what
+moves on by itself from then on: clocks, time stamp counters, timers, and the chips that timers send interrupts to.
+
 The guest's clocks go on where they stood: TSC and kvmclock as saved, timers with what was left of them. KVM_KVMCLOCK_CTRL tells
 the guest's watchdogs. The time of day is the CMOS clock's, and that is the host's.
 """
@@ -85,7 +88,33 @@ def _save_vcpu(vcpu: KvmVcpu, indices: list[int], xsave_size: int) -> dict[str, 
     }
 
 
-def restore(system: KvmSystem, vm: KvmVm, vcpus: list[KvmVcpu], state: Saved) -> None:
+class Prepared:
+    """Processors that are restored but for what moves on by itself. `vcpus` has local APIC, last MSRs and events of each."""
+
+    __slots__ = ("chips", "clock", "timer", "vcpus")
+
+    def __init__(self, clock: int, chips: list[bytearray], timer: bytearray,
+                 vcpus: list[tuple[KvmVcpu, Saved, bytes, list[tuple[int, int]], bytes]]) -> None:
+        self.clock = clock
+        self.chips = chips
+        self.timer = timer
+        self.vcpus = vcpus
+
+    def finish(self, vm: KvmVm) -> None:
+        """Right before the guest goes on. Raises: SnapshotError, HostError."""
+        vm.set_clock(self.clock)
+        for vcpu, section, lapic, msrs, events in self.vcpus:
+            vcpu.set_lapic(lapic)
+            _set_msrs(vcpu, section, msrs)
+            vcpu.set_rest({uapi.KVM_SET_VCPU_EVENTS: events})
+        for value in self.chips:
+            vm.set_interrupt_chip(value)
+        vm.set_timer(self.timer)
+        for vcpu, *_ in self.vcpus:
+            vcpu.tell_paused()
+
+
+def prepare(system: KvmSystem, vcpus: list[KvmVcpu], state: Saved) -> Prepared:
     """Raises: SnapshotError when the state is not one, or of processors that this host has not; HostError."""
     clock = state.integer("clock", 0, (1 << 63) - 1)
     saved = state.sections("vcpus")
@@ -97,20 +126,17 @@ def restore(system: KvmSystem, vm: KvmVm, vcpus: list[KvmVcpu], state: Saved) ->
     for name, chip in _CHIPS.items():
         if int.from_bytes(chips[name][:4], "little") != chip:
             raise state.error(name, f"the state of another chip than {chip}")
-    vm.set_clock(clock)
     host = _features(system.supported_cpuid())
     xsave_size = _xsave_size(system)
-    for vcpu, section in zip(vcpus, saved, strict=True):
-        _restore_vcpu(vcpu, section, host, xsave_size, system.check_extension(uapi.KVM_CAP_TSC_CONTROL) > 0)
-    for value in chips.values():
-        vm.set_interrupt_chip(value)
-    vm.set_timer(bytearray(timer))
-    for vcpu in vcpus:
-        vcpu.tell_paused()
+    tsc_control = system.check_extension(uapi.KVM_CAP_TSC_CONTROL) > 0
+    prepared = [(vcpu, section, *_prepare_vcpu(vcpu, section, host, xsave_size, tsc_control))
+                for vcpu, section in zip(vcpus, saved, strict=True)]
+    return Prepared(clock, list(chips.values()), bytearray(timer), prepared)
 
 
-def _restore_vcpu(vcpu: KvmVcpu, state: Saved, host: dict[tuple[int, int, str], int], xsave_size: int,
-                  tsc_control: bool) -> None:
+def _prepare_vcpu(vcpu: KvmVcpu, state: Saved, host: dict[tuple[int, int, str], int], xsave_size: int,
+                  tsc_control: bool) -> tuple[bytes, list[tuple[int, int]], bytes]:
+    """What is left to be set: local APIC, MSRs, events."""
     if state.integer("id", 0, 0xFFFF_FFFF) != vcpu.id:
         raise state.error("id", f"this processor of the machine is number {vcpu.id}")
     mp_state = state.integer("mp_state", 0, 15)
@@ -129,7 +155,7 @@ def _restore_vcpu(vcpu: KvmVcpu, state: Saved, host: dict[tuple[int, int, str], 
             raise state.error(name, f"{len(value)} bytes of extended state, and this host's processors have {xsave_size}")
         if len(value) < uapi.SIZEOF_XSAVE if size is None else len(value) not in ((0, size) if name == "xcrs" else (size,)):
             raise state.error(name, f"{len(value)} bytes, not {size or uapi.SIZEOF_XSAVE}")
-    msrs = _msrs_of(state.section("msrs"))
+    first, msrs, last = _msrs_of(state.section("msrs"))
     cpuid = state.data("cpuid")
     if len(cpuid) % _CPUID_ENTRY.size or not cpuid:
         raise state.error("cpuid", f"not entries of {_CPUID_ENTRY.size} bytes")
@@ -149,18 +175,21 @@ def _restore_vcpu(vcpu: KvmVcpu, state: Saved, host: dict[tuple[int, int, str], 
     rest[uapi.KVM_SET_XSAVE] = xsave.ljust(xsave_size, b"\0")  # KVM reads as much as this host's processors have
     events = rest.pop(uapi.KVM_SET_VCPU_EVENTS)
     vcpu.set_rest(rest)
-    vcpu.set_lapic(lapic)
+    _set_msrs(vcpu, state, msrs)
+    return lapic, first + last, events
+
+
+def _set_msrs(vcpu: KvmVcpu, state: Saved, msrs: list[tuple[int, int]]) -> None:
     refused = vcpu.set_msrs(msrs)
     if refused:
         now, wanted = dict(vcpu.get_msrs(refused)), dict(msrs)
         for index in refused:
             if now.get(index, 0) != wanted[index]:
                 raise state.error(f"msrs.{index:08x}", f"this host's KVM does not take {wanted[index]:#x}")
-    vcpu.set_rest({uapi.KVM_SET_VCPU_EVENTS: events})
 
 
-def _msrs_of(state: Saved) -> list[tuple[int, int]]:
-    """In the order in which they are to be written."""
+def _msrs_of(state: Saved) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+    """The TSC, those that stand still, and what counts against the TSC."""
     values: dict[int, int] = {}
     for name in state.names():
         value = int.from_bytes(state.data(name, 8), "big")
@@ -173,7 +202,7 @@ def _msrs_of(state: Saved) -> list[tuple[int, int]]:
         values[index] = value
     first = [(index, values.pop(index)) for index in (_MSR_TSC,) if index in values]
     last = [(index, values.pop(index)) for index in (_MSR_TSC_DEADLINE,) if index in values]
-    return [*first, *sorted(values.items()), *last]
+    return first, sorted(values.items()), last
 
 
 def _features(table: bytes) -> dict[tuple[int, int, str], int]:
