@@ -6,6 +6,7 @@ notification, the rings, the read, the interrupt. Where KVM emulates every instr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ _OURS_WINDOW = 0xF010_0000
 # QEMU's microvm has 24 transports and gives the first device the last.
 _QEMU_WINDOW = 0xFEB0_0000 + 23 * 0x200
 _SECONDS = 60.0
+_WAITING = 0.02
 # name, bytes, requests of a batch, batches, apart on the disk
 _CASES = (("4 KiB, depth 1", 4096, 1, 20000, True), ("4 KiB apart, depth 32", 4096, 32, 2000, True),
           ("4 KiB in turn, depth 32", 4096, 32, 2000, False), ("128 KiB in turn, depth 8", 128 << 10, 8, 1000, False))
@@ -42,16 +44,19 @@ def run(count: int) -> None:
             for engine, our_keys, qemu_keys in _ENGINES:
                 for place in ("main loop", "iothread"):
                     commands = (_ours(ours, image, our_keys, place), _qemu(theirs, image, qemu_keys, place))
-                    found: tuple[list[float], list[float]] = ([], [])
+                    found: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
                     for _ in range(runs):  # in turns, so that what else the machine does meets both
-                        for command, seconds in zip(commands, found, strict=True):
-                            seconds.append(_timed(command))
+                        for command, results in zip(commands, found, strict=True):
+                            results.append(_timed(command))
                     requests = batch * rounds
-                    mine, others = (requests / statistics.median(seconds) for seconds in found)
+                    mine, others = (requests / statistics.median(seconds for seconds, _ in results) for results in found)
+                    work, their_work = (1e6 * statistics.median(seconds for _, seconds in results) / requests
+                                        for results in found)
                     label = f"{case}, {engine}, {place}"
                     report.line(f"{label}, requests", mine, "a second", machines.PEER, others)
                     mibs, peer_mibs = mine * size / (1 << 20), others * size / (1 << 20)
                     report.line(f"{label}, throughput", mibs, "MiB/s", machines.PEER, peer_mibs)
+                    report.line(f"{label}, work for a request", work, "us", machines.PEER, their_work)
                     report.say(f"{label}: {mine / others:.3f} of QEMU's requests a second")
 
 
@@ -69,19 +74,36 @@ def _qemu(kernel: Path, image: Path, keys: str, place: str) -> list[str]:
                          f"virtio-blk-device,drive=d{thread}", serial=True)
 
 
-def _timed(command: list[str]) -> float:
-    """Seconds between the guest's two letters."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    times = []
+def _timed(command: list[str]) -> tuple[float, float]:
+    """Seconds between the guest's two letters, and those of processor time that all threads but the vCPU's took meanwhile."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    times, accounts = [], []
     try:
         for letter in (ring_guest.BEGIN, ring_guest.END):
             if os.read(process.stdout.fileno(), 1) != letter:
                 process.kill()
                 raise BenchError(f"{command[0]}: the guest did not get there: {process.communicate()[1].decode()[-500:]}")
             times.append(time.perf_counter())
+            accounts.append(_account(process.pid))
+        time.sleep(_WAITING)  # the guest looks for its byte: what works now is the vCPU
+        accounts.append(_account(process.pid))
+        process.stdin.write(b"x")
+        process.stdin.flush()
         process.wait(_SECONDS)
     finally:
         process.kill()
         process.communicate()
-    return times[1] - times[0]
+    before, after, later = accounts
+    vcpu = max(later, key=lambda thread: later[thread] - after.get(thread, 0))
+    work = sum(nanoseconds - before.get(thread, 0) for thread, nanoseconds in after.items() if thread != vcpu)
+    return times[1] - times[0], work / 1e9
+
+
+def _account(pid: int) -> dict[int, int]:
+    """ns that each thread has been on a processor."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has ended
+            found[int(task.name)] = int((task / "schedstat").read_text().split()[0])
+    return found

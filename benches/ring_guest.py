@@ -2,7 +2,8 @@
 
 32-bit code, as a PVH kernel is entered, of the few instructions that a KVM without hardware virtualization emulates. The
 descriptors, the rings and the requests lie ready in the file. It writes a letter to the serial port before the first batch
-and one after the last, and ends as `tiny_guest` does. It does not wait for interrupts; the monitor raises them all the same.
+and one after the last, waits for a byte from there, and ends as `tiny_guest` does. It does not wait for interrupts; the
+monitor raises them all the same.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def _code(window: int, batch: int, rounds: int) -> bytes:
     loop += b"\x66\xa1" + struct.pack("<I", _USED + 2) + b"\x66\x39\xd8\x75\xf5"
     loop += b"\x49"  # dec ecx
     code += loop + b"\x0f\x85" + struct.pack("<i", -(len(loop) + 6))  # jnz loop
-    code += letter(END) + b"\xb0" + bytes([_EXIT_VALUE]) + b"\xe6" + bytes([EXIT_PORT])
+    # wait for a byte: mov dx, line status; in al, dx; test al, 1; jz in
+    code += letter(END) + b"\x66\xba" + struct.pack("<H", _SERIAL + 5) + b"\xec\xa8\x01\x74\xfb"
+    code += b"\xb0" + bytes([_EXIT_VALUE]) + b"\xe6" + bytes([EXIT_PORT])
     return code + b"\xb0\xfe\xe6\x64\xf4\xeb\xfd"  # reset through the keyboard controller; hlt, for ever
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 DEPTH = 128
 RWF_DSYNC = 0x02  # this write is on stable storage when it is reported finished
 _IOV_MAX = 1024
-_IOVEC = struct.Struct("=QQ")
 _NAMES = {READ: "read", WRITE: "write", FLUSH: "fdatasync"}
 # "Not this way": the request may still succeed with a plain system call.
 _REFUSALS = (errno.EINVAL, errno.EAGAIN, errno.EINTR, errno.EOPNOTSUPP, errno.ENOSYS, errno.ECANCELED)
@@ -132,13 +131,11 @@ class KernelEngine(ThreadEngine):
         if len(views) == 1:
             self._anchors[slot] = only = anchored(views[0])
             return False, address_of(only), request.length
-        vector = bytearray(_IOVEC.size * len(views))
-        anchors: list[object] = [vector]
-        for index, view in enumerate(views):
-            piece = anchored(view)
-            anchors.append(piece)
-            _IOVEC.pack_into(vector, _IOVEC.size * index, address_of(piece), len(view))
+        pieces = [anchored(view) for view in views]
+        words: list[int] = []
+        for piece, view in zip(pieces, views, strict=True):
+            words += address_of(piece), len(view)
+        vector = bytearray(struct.pack(f"={len(words)}Q", *words))
         address, anchor = pin(vector)
-        anchors.append(anchor)
-        self._anchors[slot] = anchors
+        self._anchors[slot] = (pieces, vector, anchor)
         return True, address, len(views)
