@@ -21,7 +21,7 @@ from stratovirt.loop import EventLoop
 from stratovirt.virtio import block
 from stratovirt.virtio.block import VirtioBlock
 from unit.virtio_devices import SECTOR, FakeClock, disk_content
-from unit.virtio_driver import CONFIG, DATA, INTERRUPT_STATUS, NEEDS_RESET, VERSION_1, Driver
+from unit.virtio_driver import CONFIG, DATA, INTERRUPT_STATUS, NEEDS_RESET, RAM_SIZE, VERSION_1, Driver
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPPORTED = 0, 1, 2
@@ -229,6 +229,7 @@ def test_a_disk_that_hangs_does_not_hold_a_reset_for_ever(held: Disk, monkeypatc
 
 
 def test_pause_waits_and_begins_nothing_until_resume(held: Disk) -> None:
+    held.start(VERSION_1)
     held.image.gate.set()
     held.put(IN, 1, room=512, number=0)
     held.write(0x050, 0)
@@ -238,10 +239,12 @@ def test_pause_waits_and_begins_nothing_until_resume(held: Disk) -> None:
     assert held.line.count == 1
     held.queues[0].release_all()
     held.put(IN, 2, room=512, number=1)
+    before = held.memory.read(0, RAM_SIZE)
     held.write(0x050, 0)
     held.loop.run_once(0.1)
     held.loop.run_once(0.1)
     assert held.queues[0].collect() == []
+    assert held.memory.read(0, RAM_SIZE) == before  # the flags of the used ring neither
     held.block.resume()
     assert len(held.wait(1)) == 1
 

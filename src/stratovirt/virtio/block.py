@@ -131,7 +131,7 @@ class VirtioBlock(VirtioDevice):
 
     def _room(self, index: int, queue: Virtqueue) -> int:
         """How many requests may be taken now; when none, it is seen to that the queue is looked at again."""
-        if self._paused or self._in_flight[index] >= queue.size:
+        if self._in_flight[index] >= queue.size:
             self._waiting.add(index)
             return 0
         if self._buckets and self._loop is not None:
@@ -156,6 +156,9 @@ class VirtioBlock(VirtioDevice):
     def _drain(self, index: int, queue: Virtqueue) -> bool:
         if self._asynchronous and self._engine is None:
             self._open_engine()
+        if self._paused:  # nothing is written then, the rings' flags neither: a snapshot may be under way
+            self._waiting.add(index)
+            return False
         queue.disable_notifications()
         left = queue.size
         try:

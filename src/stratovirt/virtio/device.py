@@ -215,6 +215,8 @@ class VirtioDevice:
 
     def _drain(self, index: int, queue: Virtqueue) -> bool:
         """True: chains may be left, come again."""
+        if not self.ready(index):
+            return False  # and nothing was written, the rings' flags neither: the machine may be paused
         queue.disable_notifications()
         for _ in range(queue.size):
             if not self.ready(index):
