@@ -23,7 +23,7 @@ from unit.virtio_driver import CONFIG, DATA, EVENT_IDX, STATUS, Driver
 
 STORAGE_DAEMON, VIRTIOFSD, TESTPMD = "/usr/bin/qemu-storage-daemon", "/usr/lib/qemu/virtiofsd", "/usr/bin/dpdk-testpmd"
 MAC = bytes.fromhex("525400123456")
-SECONDS = 20.0
+SECONDS = 60.0
 FUSE_INIT, FUSE_GETATTR, FUSE_LOOKUP = 26, 3, 1
 
 
