@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import stratovirt
-from benches.boot_arm64_inside import OURS, PEER
+from benches.boot_arm64_inside import CASES, OURS, PEER
 from benches.report import BenchError, Report
 
 _TREE = Path(__file__).resolve().parent.parent
@@ -37,14 +37,18 @@ def run(_count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="stratovirt-bench-") as folder:
         lab = [sys.executable, "-m", "lab.run", "--arch", "aarch64", "--icount", "--share", folder]
         records = [json.loads(line) for line in _output([*lab, "--deadline", str(_DEADLINE), "--", inside]).splitlines()]
-    times = {name: [record["nanoseconds"] / 1e6 for record in records if record["monitor"] == name] for name in (OURS, PEER)}
-    if not times[OURS] or not times[PEER]:
-        raise BenchError("the lab has reported no boots")
-    mine, theirs = statistics.median(times[OURS]), statistics.median(times[PEER])
-    report.line("quiet, process start to init's end", mine, "ms", PEER, theirs)
-    spreads = [max(times[name]) - min(times[name]) for name in (OURS, PEER)]
-    report.line("quiet, spread of the runs", spreads[0], "ms", PEER, spreads[1])
-    report.say(f"{mine / theirs:.3f} of QEMU's instructions")
+    for case in CASES:
+        times: dict[str, list[float]] = {OURS: [], PEER: []}
+        for record in records:
+            if record["case"] == case:
+                times[record["monitor"]].append(record["nanoseconds"] / 1e6)
+        if not times[OURS] or not times[PEER]:
+            raise BenchError(f"the lab has reported no boots of {case!r}")
+        mine, theirs = statistics.median(times[OURS]), statistics.median(times[PEER])
+        report.line(f"{case}, process start to init's end", mine, "ms", PEER, theirs)
+        spreads = [max(times[name]) - min(times[name]) for name in (OURS, PEER)]
+        report.line(f"{case}, spread of the runs", spreads[0], "ms", PEER, spreads[1])
+        report.say(f"{case}: {mine / theirs:.3f} of QEMU's instructions")
 
 
 def _output(command: list[str]) -> str:
