@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from backends import backend, place  # noqa: E402, F401
-from exceptions import not_on_this_architecture  # noqa: E402
+from exceptions import long_on_this_architecture, not_on_this_architecture  # noqa: E402
 from guest import assets  # noqa: E402
 from linux_guest import DEADLINE, KERNELS, Guest  # noqa: E402
 from networks import HOST, run  # noqa: E402
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mine = [item for item in items if Path(__file__).parent in item.path.parents]
     if not os.environ.get("STRATOVIRT_LAB_LONG"):
         for item in mine:
-            if item.get_closest_marker("long"):
+            if item.get_closest_marker("long") or long_on_this_architecture(item):
                 item.add_marker(pytest.mark.skip(reason="a long test: `make test LONG=1` runs it"))
     for item in mine:
         reason = not_on_this_architecture(item)

@@ -16,12 +16,13 @@ SERVE = """
 mkdir -p /tmp/m; mount -t tmpfs -o size=420m m /tmp/m
 head -c 380m /dev/zero >/tmp/m/fill; rm /tmp/m/fill
 echo ready
+line=$(head -c 3000 /dev/urandom | base64 | tr -d '\\n') # random bytes by the mebibyte are slow where the host is emulated
 exec 3<>$PORT
 while :; do
     read word <&3 || sleep 0.1
     case $word in
     memory) echo $(awk '/^MemTotal|^MemFree/ { print $2 }' /proc/meminfo) kib ;;
-    use) head -c 200m /dev/urandom >/tmp/m/data && md5sum </tmp/m/data && echo used ;;
+    use) yes "$line" | head -c 200m >/tmp/m/data && md5sum </tmp/m/data && echo used ;;
     unuse) rm /tmp/m/data; echo unused ;;
     end) exit ;;
     esac

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 900.0
 
 
-def make_run(command: str | None = None, script: str | None = None) -> subprocess.CompletedProcess[str]:
-    words = ["make", "run"] if command is None else ["make", "run", f"CMD={command}"]
+def make_run(command: str | None = None, script: str | None = None, *more: str) -> subprocess.CompletedProcess[str]:
+    words = ["make", "run", *more] if command is None else ["make", "run", *more, f"CMD={command}"]
     return subprocess.run(words, cwd=ROOT, input=script or "", capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
@@ -27,6 +27,12 @@ def test_it_prints_exactly_what_the_command_prints_in_a_guest_with_a_disk():
     assert release != os.uname().release and release.count(".") >= 2
     assert processors == "1"
     assert disk.split() == [*"stratovirt", *"disk", "\\n"]
+    assert "to stderr\n" in done.stderr
+
+
+def test_the_same_on_arm64():
+    done = make_run("uname -m && nproc && head -c 16 /dev/vda; echo to stderr >&2", None, "ARCH=aarch64")
+    assert (done.returncode, done.stdout) == (0, "aarch64\n1\nstratovirt disk\n"), done.stderr
     assert "to stderr\n" in done.stderr
 
 

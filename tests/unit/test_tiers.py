@@ -46,3 +46,14 @@ def test_results_beside_are_taken_in_whole(tiers: ModuleType, tmp_path: Path, mo
     assert result.seconds == values["seconds"]
     monkeypatch.delenv(tiers.REPORT)
     assert tiers.summary([result]) == 1
+
+
+def test_named_exceptions_of_the_lab_suite_name_tests_that_exist() -> None:
+    spec = importlib.util.spec_from_file_location("exceptions_under_test", ROOT / "tests/lab/exceptions.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    files = list((ROOT / "tests/lab").glob("test_*.py"))
+    text = "".join(f"{path.name}\n{path.read_text()}" for path in files)
+    for words in (*module.NOT_ON_AARCH64, *module.NOT_ON_X86_64, *module.LONG_ON_AARCH64):
+        assert words.strip("[-").partition("[")[0] in text, words
