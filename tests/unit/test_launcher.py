@@ -492,7 +492,7 @@ def test_a_signal_that_comes_before_the_machine_is_known_is_for_the_machine(tmp_
     listener.settimeout(DEADLINE)
     code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from stratovirt.launcher.client import main\n" \
            f"sys.exit(main([], {str(path)!r}))"
-    machine = subprocess.Popen(["sleep", "60"])
+    machine = subprocess.Popen(["env", "--default-signal=HUP", "sleep", "60"])  # it is ignored below nohup
     with subprocess.Popen([sys.executable, "-IS", "-c", code]) as command, listener, listener.accept()[0] as connection:
         connection.settimeout(DEADLINE)
         connection.recv(wire.MAX_ANSWER)
