@@ -165,7 +165,8 @@ def into_memory() -> str:
     for folder in ("/usr/share/seabios", "/usr/share/qemu", "/usr/lib/x86_64-linux-gnu/qemu"):
         replace_folder(Path(folder), "keymaps", "firmware", "OVMF*", "skiboot*", "opensbi*", "audio-*", "ui-*")
     replace_folder(_STANDARD_LIBRARY, *(entry.name for entry in _STANDARD_LIBRARY.iterdir() if is_unused(entry)))
-    shutil.copytree(_SOURCE / "stratovirt", _COPY / "src/stratovirt")
+    # Not the bundle of modules, which is for one place: the first start from here writes another.
+    shutil.copytree(_SOURCE / "stratovirt", _COPY / "src/stratovirt", ignore=shutil.ignore_patterns("start.*.bundle"))
     launcher = _COPY / "stratovirt"
     interpreter, _, rest = Path(machines.STRATOVIRT).read_text().partition("\n")
     options = interpreter.partition(" ")[2]
