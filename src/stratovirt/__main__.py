@@ -3,10 +3,9 @@
     parse argv -> bind the QMP sockets -> build the machine -> start the vCPUs -> now the rest: QMP, the loop -> clean up
 
 Everything imported at the top of a module on this path is paid for by every start; what a running guest does not need
-to exist is imported after its first vCPU runs, or when it is used.
+to exist is imported after its first vCPU runs, or when it is used. This module and `bundle` do not come from the bundle, and
+would have to find `__future__` in its own file.
 """
-
-from __future__ import annotations
 
 import gc
 import posix
@@ -70,7 +69,7 @@ def _run_in_launcher(argv: list[str]) -> int | None:
     return client.main(argv, wish)
 
 
-def start(argv: list[str], started_at: float, attachment: Attachment | None = None) -> int:
+def start(argv: list[str], started_at: float, attachment: "Attachment | None" = None) -> int:
     """Do what `argv` says in this process; `attachment` leads to the client that a launcher does it for.
 
     Returns the exit status; a machine that has run ends the process itself.
@@ -89,10 +88,8 @@ def start(argv: list[str], started_at: float, attachment: Attachment | None = No
         return 1
 
 
-def run(config: VmConfig, started_at: float = _STARTED_AT, attachment: Attachment | None = None) -> int:
+def run(config: "VmConfig", started_at: float = _STARTED_AT, attachment: "Attachment | None" = None) -> int:
     """Run the machine of `config` until it ends; the exit status. Raises: ConfigError and HostError when it cannot start."""
-    import os
-
     from stratovirt import log
     from stratovirt.errors import StratoVirtError
 
@@ -119,13 +116,11 @@ def run(config: VmConfig, started_at: float = _STARTED_AT, attachment: Attachmen
     sys.stderr.flush()
     if attachment is not None:
         attachment.finish(status)
-    os._exit(status)  # no thread, file or mapping needs the interpreter's tear-down, which takes longer than a start
+    posix._exit(status)  # no thread, file or mapping needs the interpreter's tear-down, which takes longer than a start
 
 
-def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started_at: float,
-                 attachment: Attachment | None) -> int:
-    import os
-
+def _run_machine(config: "VmConfig", report: "Callable[[str], None] | None", started_at: float,
+                 attachment: "Attachment | None") -> int:
     from stratovirt import bundle, log
     from stratovirt.loop import EventLoop
     from stratovirt.machine.microvm import MicroVm
@@ -151,7 +146,7 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
             cleanup.append(PidFile(config.pidfile).remove)
         listeners = []
         if config.qmp:
-            config.directory = os.getcwd()  # for whoever asks; later it may not be looked up
+            config.directory = posix.getcwd()  # for whoever asks; later it may not be looked up
             from stratovirt.control.listener import QmpListener
 
             for qmp in config.qmp:
@@ -176,8 +171,8 @@ def _run_machine(config: VmConfig, report: Callable[[str], None] | None, started
             attachment.started()
         for listener in listeners:
             listener.serve(machine)
-        bundle.refresh()
         machine.close_behind()
+        bundle.refresh()
         if sandbox is not None:
             sandbox.confine_main()
         loop.run()

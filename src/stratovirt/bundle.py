@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Entry = tuple[str, str, bool, int, int, int, int]
 
-FORMAT = 1
+FORMAT = 2
 HEADER = 8  # bytes: the length of what is marshalled first
 
 

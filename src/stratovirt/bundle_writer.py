@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stratovirt.bundle import Bundle, Entry
 
 # Of the standard library: what a start needs and is neither frozen nor part of the interpreter.
-_EXTRA = ("__future__", "struct")
+_EXTRA = ("struct",)
 
 
 def write(target: Bundle) -> None:
@@ -73,7 +73,9 @@ def _module(name: str, target: Bundle) -> tuple[tuple[str, str, bool, int, int],
 
 
 class _Slim(ast.NodeTransformer):
-    """Takes out docstrings, annotations and what stands under `if TYPE_CHECKING`."""
+    """Takes out docstrings, annotations with the statement that says how to read them, and what stands under
+    `if TYPE_CHECKING`.
+    """
 
     def _body(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
@@ -96,6 +98,10 @@ class _Slim(ast.NodeTransformer):
             if argument is not None:
                 argument.annotation = None
         return self._body(node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        # Without annotations it changes nothing but the flags of the code, and imports a module for it.
+        return ast.copy_location(ast.Pass(), node) if node.module == "__future__" else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         if node.value is None:

@@ -13,7 +13,7 @@ client that asked.
 
 from __future__ import annotations
 
-import os
+import posix
 
 
 class StratoVirtError(Exception):
@@ -59,7 +59,7 @@ class HostError(StratoVirtError):
         return cls(operation, error.errno or 0, hint)
 
     def __str__(self) -> str:
-        text = f"{self.operation}: {os.strerror(self.errno)}" if self.errno else self.operation
+        text = f"{self.operation}: {posix.strerror(self.errno)}" if self.errno else self.operation
         return f"{text}; {self.hint}" if self.hint else text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import _ctypes
 import mmap
-import os
+import posix
 
 from stratovirt.errors import HostError
 
@@ -27,7 +27,7 @@ _MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23
 _M_ARENA_MAX = -8
 # Asked once, here: later a thread's filter may not let it ask.
-ARCHITECTURE = os.uname().machine
+ARCHITECTURE = posix.uname().machine
 _NR_MBIND = 237 if ARCHITECTURE == "x86_64" else 235
 _CLEAR_STEP = 1 << 20
 
@@ -176,7 +176,7 @@ class HostMapping:
                             "there is not that much memory, or too few huge pages, or the file system is full")
         if self.fd >= 0:  # a kernel before Linux 5.14
             try:
-                os.posix_fallocate(self.fd, self.file_offset + offset, length)
+                posix.posix_fallocate(self.fd, self.file_offset + offset, length)
             except OSError as error:
                 raise HostError.from_os(f"cannot allocate {length >> 20} MiB of guest memory", error) from error
         view = self.view[offset : offset + length : PAGE_SIZE]
@@ -257,7 +257,7 @@ def syscall(number: int, *arguments: int) -> int:
     result = _libc_syscall(_Word(number), *map(_Word, arguments))
     if result == _MAP_FAILED:
         errno = _ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        raise OSError(errno, posix.strerror(errno))
     return int(result)
 
 
@@ -274,15 +274,15 @@ def use_one_heap() -> None:
 
 def machine_code(code: bytes) -> _CFunction:
     """A function without arguments that is `code`, in a page of its own that is never writable. Raises: OSError."""
-    fd = os.memfd_create("stratovirt-code", os.MFD_CLOEXEC)
+    fd = posix.memfd_create("stratovirt-code", posix.MFD_CLOEXEC)
     try:
-        os.write(fd, code)
+        posix.write(fd, code)
         address = _libc_mmap(_Word(0), _Word(PAGE_SIZE), _Int(_PROT_READ_EXECUTE), _Int(_MAP_PRIVATE), _Int(fd), _Word(0))
     finally:
-        os.close(fd)
+        posix.close(fd)
     if address == _MAP_FAILED:
         errno = _ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        raise OSError(errno, posix.strerror(errno))
     return _CFunction(address)
 
 
@@ -293,4 +293,4 @@ def ioctl_address(fd: int, request: int, address: int) -> None:
     """
     if _libc_ioctl(_Int(fd), _Word(request), _Word(address)) == _MAP_FAILED:
         errno = _ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        raise OSError(errno, posix.strerror(errno))

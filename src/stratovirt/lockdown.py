@@ -7,7 +7,7 @@ modules that others import late, when a disk needs its engine for example, are i
 
 from __future__ import annotations
 
-import os
+import posix
 import sys
 
 from stratovirt import log
@@ -36,7 +36,7 @@ class Lockdown:
     def __init__(self, config: VmConfig, loop: EventLoop, made: Sandbox | None = None) -> None:
         self._has_disks = bool(config.drives or config.qmp)  # a QMP client may plug one in
         self._sandbox: Sandbox | None = None
-        if os.uname().machine != "x86_64":
+        if posix.uname().machine != "x86_64":
             log.info("there are no system call filters for this architecture yet")
             return
         self._sandbox = made if made is not None else make_sandbox(config)

@@ -14,7 +14,7 @@ Importing this module opens nothing and formats nothing; the level comes from ST
 from __future__ import annotations
 
 import _thread
-import os
+import posix
 import select
 import sys
 import time
@@ -24,6 +24,7 @@ from stratovirt.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import CodeType
 
 ERROR, WARN, INFO, DEBUG, TRACE = range(1, 6)
 LEVEL_NAMES = ("", "ERROR", "WARN", "INFO", "DEBUG", "TRACE")
@@ -56,6 +57,10 @@ def escape(text: str) -> str:
     )
 
 
+def _base_name(code: CodeType) -> str:
+    return code.co_filename.rpartition("/")[2]
+
+
 class Log:
     """One destination. Thread: any. `clock` gives nanoseconds since the epoch."""
 
@@ -77,7 +82,7 @@ class Log:
     @property
     def level(self) -> int:
         if self._level is None:
-            self._level = level_from_name(os.environ.get("STRATOVIRT_LOG_LEVEL"))
+            self._level = level_from_name(posix.environ.get(b"STRATOVIRT_LOG_LEVEL", b"").decode("ascii", "replace") or None)
         return self._level
 
     @level.setter
@@ -91,18 +96,18 @@ class Log:
         fd = self._open_file(path)
         with self._lock:
             old, self._fd, self._path = self._fd, fd, path
-            status = os.fstat(fd)
+            status = posix.fstat(fd)
             self._size = status.st_size
             self._day = (status.st_mtime_ns if status.st_size else self._clock()) // _DAY_NS
         if old != 2:
-            os.close(old)
+            posix.close(old)
 
     def close(self) -> None:
         """Back to stderr."""
         with self._lock:
             old, self._fd, self._path = self._fd, 2, ""
         if old != 2:
-            os.close(old)
+            posix.close(old)
 
     @property
     def fd(self) -> int:
@@ -121,9 +126,10 @@ class Log:
     @staticmethod
     def _open_file(path: str) -> int:
         try:
-            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, FILE_MODE)
+            flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOCTTY
+            return posix.open(path, flags, FILE_MODE)
         except (OSError, ValueError) as error:
-            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+            why = posix.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
             raise ConfigError(f"cannot open the log file: {why}", option="-D", value=path,
                               accepted="the path of a file that can be appended to") from error
 
@@ -152,14 +158,14 @@ class Log:
         for number in range(FILES_KEPT - 2, -1, -1):
             source = f"{self._path}{number or ''}"
             try:
-                os.rename(source, f"{self._path}{number + 1}")
+                posix.rename(source, f"{self._path}{number + 1}")
             except FileNotFoundError:
                 continue
         fd = self._open_file(self._path)
         old, self._fd, self._size, self._day = self._fd, fd, 0, day
         if self._moved is not None:
             self._moved(fd)
-        os.close(old)
+        posix.close(old)
 
     # -- what goes there
 
@@ -169,11 +175,11 @@ class Log:
             return
         now = self._clock()
         frame = sys._getframe(depth)
-        where = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        where = f"{_base_name(frame.f_code)}:{frame.f_lineno}"
         seconds, nanoseconds = divmod(now, 1_000_000_000)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
         line = (
-            f"{stamp}.{nanoseconds:09d}: [{os.getpid()}][{_thread.get_native_id()}][{where}]:{LEVEL_NAMES[level]}: "
+            f"{stamp}.{nanoseconds:09d}: [{posix.getpid()}][{_thread.get_native_id()}][{where}]:{LEVEL_NAMES[level]}: "
             f"{escape(message)}"
         ).encode("utf-8", "backslashreplace")[: MAX_LINE - 1] + b"\n"
         with self._lock:
@@ -190,7 +196,7 @@ class Log:
                 self._size += len(line)
             if self._lost:
                 line = f"({self._lost} lines lost) ".encode() + line
-            os.write(self._fd, line[-MAX_LINE:])
+            posix.write(self._fd, line[-MAX_LINE:])
             self._lost = 0
         except (OSError, ConfigError):
             self._lost += 1  # a full disk must not end the machine; the count is told when there is room again
@@ -252,5 +258,5 @@ def defect() -> None:
     LOG.write(ERROR, f"a defect of this program: {kind.__name__ if kind else None}: {value}", 2)
     while place is not None:
         code = place.tb_frame.f_code
-        LOG.write(ERROR, f"  {os.path.basename(code.co_filename)}:{place.tb_lineno} in {code.co_name}", 2)
+        LOG.write(ERROR, f"  {_base_name(code)}:{place.tb_lineno} in {code.co_name}", 2)
         place = place.tb_next

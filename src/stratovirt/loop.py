@@ -9,7 +9,7 @@ One loop runs on the main thread; each iothread has its own. Only `call_soon` ma
 
 from __future__ import annotations
 
-import os
+import posix
 import select
 import time
 from _bisect import insort_right as insort  # the half of `bisect` that is part of the interpreter
@@ -60,7 +60,7 @@ class EventLoop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
         self._calls: list[Callable[[], None]] = []
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_fd = posix.eventfd(0, posix.EFD_NONBLOCK | posix.EFD_CLOEXEC)
         self._stopping = False
         self.add(self._wake_fd, READ, self._drain_wake_fd)
 
@@ -107,14 +107,14 @@ class EventLoop:
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call on the loop's thread, in the order of the requests. Thread: any."""
         self._calls.append(callback)
-        os.eventfd_write(self._wake_fd, 1)
+        posix.eventfd_write(self._wake_fd, 1)
 
     def _drain_wake_fd(self, _events: int) -> None:
-        os.eventfd_read(self._wake_fd)
+        posix.eventfd_read(self._wake_fd)
         for _ in range(len(self._calls)):  # what the callbacks hand over themselves waits for the next round
             self._calls.pop(0)()
         if self._calls:
-            os.eventfd_write(self._wake_fd, 1)
+            posix.eventfd_write(self._wake_fd, 1)
 
     # -- running
 
@@ -137,9 +137,9 @@ class EventLoop:
     def stop(self) -> None:
         """Make `run` return after the current round."""
         self._stopping = True
-        os.eventfd_write(self._wake_fd, 1)
+        posix.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
         self._handlers.clear()
         self._epoll.close()
-        os.close(self._wake_fd)
+        posix.close(self._wake_fd)

@@ -7,7 +7,7 @@ wake the main thread out of epoll. `set_wakeup_fd` closes that gap: the C handle
 
 from __future__ import annotations
 
-import os
+import posix
 
 from stratovirt import log
 from stratovirt.errors import ConfigError, HostError
@@ -27,11 +27,11 @@ TERMINATING = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
 
 def handle_signals(loop: EventLoop, on_terminate: Callable[[int], None]) -> None:
     """From now on TERM, INT and HUP call `on_terminate(signal)` on the main thread, and SIGPIPE is an error of a write."""
-    read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    read_fd, write_fd = posix.pipe2(posix.O_NONBLOCK | posix.O_CLOEXEC)
 
     def drain(_events: int) -> None:
         try:
-            os.read(read_fd, 4096)
+            posix.read(read_fd, 4096)
         except BlockingIOError:
             return  # an earlier read took it
 
@@ -50,27 +50,27 @@ class PidFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._owner = os.getpid()
+        self._owner = posix.getpid()
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = posix.open(path, posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600)
         except FileExistsError as error:
             raise ConfigError("the file exists already; another machine may be using it", option="-pidfile", value=path,
                               accepted="a path that does not exist") from error
         except (OSError, ValueError) as error:
-            why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            why = posix.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
             raise ConfigError(why, option="-pidfile", value=path) from error
         try:
-            os.write(fd, str(self._owner).encode())
+            posix.write(fd, str(self._owner).encode())
         except OSError as error:
-            os.unlink(path)
-            raise ConfigError(os.strerror(error.errno or 0), option="-pidfile", value=path) from error
+            posix.unlink(path)
+            raise ConfigError(posix.strerror(error.errno or 0), option="-pidfile", value=path) from error
         finally:
-            os.close(fd)
+            posix.close(fd)
 
     def remove(self) -> None:
-        if os.getpid() == self._owner:
+        if posix.getpid() == self._owner:
             try:
-                os.unlink(self._path)
+                posix.unlink(self._path)
             except FileNotFoundError:
                 log.warn(f"{self._path} was removed by somebody else")
 
@@ -82,34 +82,34 @@ def daemonize() -> Callable[[str], None]:
     message, or when the child dies, it prints the message and exits with 1. So whoever starts a machine learns whether it
     started. Raises: HostError.
     """
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    read_fd, write_fd = posix.pipe2(posix.O_CLOEXEC)
     try:
-        pid = os.fork()
+        pid = posix.fork()
     except OSError as error:
         raise HostError.from_os("fork for -daemonize", error) from error
     if pid:
-        os.close(write_fd)
+        posix.close(write_fd)
         with open(read_fd, encoding="utf-8", errors="replace") as pipe:
             answer = pipe.read()
         if answer != "ok":
-            os.write(2, (answer or "stratovirt: the background process ended before the guest ran\n").encode())
-        os._exit(0 if answer == "ok" else 1)
-    os.close(read_fd)
-    os.setsid()
+            posix.write(2, (answer or "stratovirt: the background process ended before the guest ran\n").encode())
+        posix._exit(0 if answer == "ok" else 1)
+    posix.close(read_fd)
+    posix.setsid()
     try:
-        pid = os.fork()
+        pid = posix.fork()
     except OSError as error:
-        os.write(write_fd, f"stratovirt: {HostError.from_os('fork for -daemonize', error)}\n".encode())
-        os._exit(1)
+        posix.write(write_fd, f"stratovirt: {HostError.from_os('fork for -daemonize', error)}\n".encode())
+        posix._exit(1)
     if pid:  # not a session leader any more: it can never get a controlling terminal
-        os._exit(0)
+        posix._exit(0)
 
     def report(message: str) -> None:
-        os.write(write_fd, (message or "ok").encode())
-        os.close(write_fd)
-        null = os.open(os.devnull, os.O_RDWR)
+        posix.write(write_fd, (message or "ok").encode())
+        posix.close(write_fd)
+        null = posix.open("/dev/null", posix.O_RDWR)
         for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+            posix.dup2(null, fd)
+        posix.close(null)
 
     return report

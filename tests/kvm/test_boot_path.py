@@ -26,8 +26,7 @@ PROBE = """if 1:
 
 # Of the standard library and the interpreter.
 FOREIGN = set("""
-__future__ _bisect _collections_abc _ctypes _stat _struct errno fcntl gc genericpath mmap os os.path posixpath select
-stat struct
+_bisect _ctypes _stat _struct errno fcntl gc mmap select struct
 """.split())
 OURS = set("""
 stratovirt stratovirt.__main__ stratovirt.address_map stratovirt.arch stratovirt.arch.x86_64

@@ -54,7 +54,7 @@ def test_a_pid_file_must_not_exist(tmp_path: Path) -> None:
 def test_a_pid_file_that_cannot_be_written_is_an_error_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "pid"
     real = os.open
-    monkeypatch.setattr(process.os, "open", lambda name, flags, mode: (os.close(real(name, flags, mode)),
+    monkeypatch.setattr(process.posix, "open", lambda name, flags, mode: (os.close(real(name, flags, mode)),
                                                                        real("/dev/full", os.O_WRONLY))[1])
     with pytest.raises(ConfigError, match="No space left"):
         PidFile(str(path))
@@ -168,15 +168,15 @@ def test_the_background_process_lets_go_of_its_callers_files(tmp_path: Path) -> 
 
 def test_no_second_process_left_is_told_to_the_caller(tmp_path: Path) -> None:
     done = run("""
-import os
+import posix
 from stratovirt.process import daemonize
-real, calls = os.fork, []
+real, calls = posix.fork, []
 def fork():
     calls.append(1)
     if len(calls) == 2:
         raise BlockingIOError(11, "Resource temporarily unavailable")
     return real()
-os.fork = fork
+posix.fork = fork
 daemonize()
 """)
     assert done.returncode == 1
@@ -187,6 +187,6 @@ def test_no_process_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(process.os, "fork", refuse)
+    monkeypatch.setattr(process.posix, "fork", refuse)
     with pytest.raises(HostError, match="fork for -daemonize"):
         process.daemonize()

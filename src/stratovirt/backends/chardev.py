@@ -14,7 +14,7 @@ Thread: `write`, `can_write` and `resume_input` from any thread; all else on the
 from __future__ import annotations
 
 import _thread
-import os
+import posix
 import select
 import time
 
@@ -130,7 +130,7 @@ class CharDevice:
 
     def _write_fd(self, chunk: bytes) -> int:
         try:
-            return os.write(self._out_fd, chunk)
+            return posix.write(self._out_fd, chunk)
         except BlockingIOError:
             return -1
         except OSError as error:
@@ -171,7 +171,7 @@ class CharDevice:
             self._watch_input(False)
             return True
         try:
-            data = os.read(self._in_fd, min(room, READ_SIZE))
+            data = posix.read(self._in_fd, min(room, READ_SIZE))
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:

@@ -226,6 +226,8 @@ def _check_rate(values: OptionValues, title: str) -> None:
 
 def _check_images(config: VmConfig) -> None:
     """One image in two drives is for readers only: a writer's changes would corrupt the other's view."""
+    if len(config.drives) < 2:
+        return
     from os.path import realpath
 
     writable: dict[str, bool] = {}

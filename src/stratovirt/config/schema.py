@@ -10,8 +10,6 @@ interface takes it but this version does not have it yet (`works` leaves it out)
 
 from __future__ import annotations
 
-from os import fsencode
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     Value = str | int | bool | tuple[int, ...] | None
@@ -33,7 +31,11 @@ def byte_length(text: str) -> int:
     """Bytes of `text` as the operating system sees it. Raises: ValueError for what it cannot hold."""
     if "\0" in text:
         raise ValueError("contains a NUL byte")
-    return len(text) if text.isascii() else len(fsencode(text))
+    if text.isascii():
+        return len(text)
+    from os import fsencode
+
+    return len(fsencode(text))
 
 
 def is_number(text: str) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import _socket
 import _thread
-import os
+import posix
 import select
 import sys
 import time
@@ -221,7 +221,7 @@ class QmpServer:
     def _send(self, client: Client) -> None:
         while client.output:
             try:
-                sent = os.write(client.fd, client.output[:READ_SIZE])
+                sent = posix.write(client.fd, client.output[:READ_SIZE])
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:

@@ -8,8 +8,8 @@ copied. Memory that is a file itself (`mem-share`, `-mem-path`) is read into ins
 from __future__ import annotations
 
 import mmap
-import os
-import stat
+import posix
+from _stat import S_ISDIR, S_ISREG  # `stat` itself is a module on top of it
 
 from stratovirt.errors import ConfigError, HostError
 from stratovirt.hostmap import PAGE_SIZE
@@ -32,14 +32,14 @@ class BootFile:
         self.path = path
         try:
             # O_NONBLOCK: opening a FIFO by mistake must not hang
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            why = posix.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
             raise ConfigError(why, option=option, value=path, accepted="a readable regular file") from error
-        status = os.fstat(self.fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self.fd)
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        status = posix.fstat(self.fd)
+        if not S_ISREG(status.st_mode):
+            posix.close(self.fd)
+            kind = "a directory" if S_ISDIR(status.st_mode) else "not a regular file"
             raise ConfigError(f"this is {kind}", option=option, value=path, accepted="a readable regular file")
         self.size = status.st_size
 
@@ -52,7 +52,7 @@ class BootFile:
     def read_into(self, view: memoryview, offset: int) -> None:
         """Copy part of the file straight into guest RAM."""
         while view:
-            done = os.preadv(self.fd, [view], offset)
+            done = posix.preadv(self.fd, [view], offset)
             if done == 0:
                 raise HostError(f"{self.path} became shorter while it was read")
             view, offset = view[done:], offset + done
@@ -66,10 +66,10 @@ class UnpackedFile(BootFile):
     def __init__(self, path: str, data: bytes) -> None:
         self.path = path
         try:
-            self.fd = os.memfd_create("stratovirt-kernel", os.MFD_CLOEXEC)
+            self.fd = posix.memfd_create("stratovirt-kernel", posix.MFD_CLOEXEC)
             done = 0
             while done < len(data):
-                done += os.write(self.fd, memoryview(data)[done:])
+                done += posix.write(self.fd, memoryview(data)[done:])
         except OSError as error:
             raise HostError.from_os(f"memfd_create for the {len(data) >> 20} MiB of the unpacked kernel", error) from error
         self.size = len(data)

@@ -7,7 +7,7 @@ What depends on the architecture comes from `machine/board.py`.
 
 from __future__ import annotations
 
-import os
+import posix
 import time
 
 from stratovirt import log
@@ -176,7 +176,7 @@ class MicroVm(Lifecycle):
         else:
             from stratovirt.machine.ram import create_regions
 
-            regions = create_regions(config.ram, ranges, min(os.cpu_count() or 1, config.smp.cpus))
+            regions = create_regions(config.ram, ranges, min(posix.cpu_count() or 1, config.smp.cpus))
         for region in regions:
             if not config.dump_guest_core:
                 region.host.dont_dump()

@@ -14,7 +14,7 @@ interpreter's lock. Nothing else of this process is ever made executable once th
 
 from __future__ import annotations
 
-import os
+import posix
 import struct
 
 from stratovirt.errors import HostError
@@ -118,7 +118,7 @@ class Sandbox:
             self._ready[kind] = bytearray(self._program(kind))
 
     def _program(self, kind: int) -> bytes:
-        program = FILTERS[kind].replace(_PID_MARK, struct.pack("<I", os.getpid()))
+        program = FILTERS[kind].replace(_PID_MARK, struct.pack("<I", posix.getpid()))
         for mark in self._granted:
             program = program.replace(mark, _ALLOWED)
         if self._pages is None:

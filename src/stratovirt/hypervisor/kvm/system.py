@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
+import posix
 import struct
 
 from stratovirt.errors import HostError
@@ -23,16 +23,16 @@ class KvmSystem:
 
     def __init__(self, path: str = DEVICE_PATH) -> None:
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.fd = posix.open(path, posix.O_RDWR | posix.O_CLOEXEC)
         except OSError as error:
             raise HostError.from_os(f"cannot open {path}", error, _open_hint(error.errno)) from error
         try:
             version = fcntl.ioctl(self.fd, uapi.KVM_GET_API_VERSION, 0)
         except OSError as error:
-            os.close(self.fd)
+            posix.close(self.fd)
             raise HostError.from_os(f"{path} is not a KVM device", error) from error
         if version != uapi.API_VERSION:
-            os.close(self.fd)
+            posix.close(self.fd)
             raise HostError(f"{path} speaks KVM API {version}, not {uapi.API_VERSION}")
         self._supported_cpuid = b""
 
@@ -83,7 +83,7 @@ class KvmSystem:
         return list(struct.unpack_from(f"<{count}I", buffer, 4))
 
     def close(self) -> None:
-        os.close(self.fd)
+        posix.close(self.fd)
 
 
 def _open_hint(error: int | None) -> str:

@@ -9,7 +9,7 @@ it holds, since Linux 6.9 in a worker of its own. Older kernels do it while the 
 
 from __future__ import annotations
 
-import os
+import posix
 import struct
 
 from stratovirt import log
@@ -48,6 +48,6 @@ def let_go(fd: int) -> None:
         sender.sendmsg([b"\0"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
     except OSError as error:
         log.debug(f"a VM is closed here, which takes a while: {error.strerror}")
-    os.close(fd)
+    posix.close(fd)
     for one in sockets:
         one.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import mmap
-import os
+import posix
 import struct
 
 from stratovirt.errors import HostError
@@ -167,4 +167,4 @@ class KvmVcpu:
     def close(self) -> None:
         for view in (self.page16, self.page32, self.page64, self.page):
             view.release()
-        os.close(self.fd)
+        posix.close(self.fd)

@@ -10,7 +10,7 @@ Facts the callers rely on:
 from __future__ import annotations
 
 import fcntl
-import os
+import posix
 import struct
 
 from stratovirt.errors import HostError
@@ -35,7 +35,7 @@ class IrqFd:
         self.gsi = gsi
 
     def trigger(self) -> None:
-        os.eventfd_write(self.fd, 1)
+        posix.eventfd_write(self.fd, 1)
 
 
 class KvmVm:
@@ -112,7 +112,7 @@ class KvmVm:
 
     def create_irqfd(self, gsi: int) -> IrqFd:
         """An eventfd that raises `gsi`."""
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        fd = posix.eventfd(0, posix.EFD_CLOEXEC | posix.EFD_NONBLOCK)
         # struct kvm_irqfd { u32 fd, gsi, flags, resamplefd; u8 pad[16]; }
         self._ioctl("KVM_IRQFD", uapi.KVM_IRQFD, struct.pack("<IIII16x", fd, gsi, 0, 0))
         return IrqFd(fd, gsi)
@@ -161,4 +161,4 @@ class KvmVm:
         return self._ioctl("KVM_CREATE_VCPU", uapi.KVM_CREATE_VCPU, vcpu_id)
 
     def close(self) -> None:
-        os.close(self.fd)
+        posix.close(self.fd)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posix
 
 from stratovirt.arch.x86_64 import boot_params, layout, pvh, registers
 from stratovirt.firmware import acpi, mptable
@@ -26,7 +26,7 @@ class Boot(boot.Boot):
         self._apic_ids = topology_of(config.smp).apic_ids
         self._slots = slots
         self._has_serial = config.serial is not None
-        self._generation = os.urandom(16)  # a restored snapshot has another (machine/snapshot.py)
+        self._generation = posix.urandom(16)  # a restored snapshot has another (machine/snapshot.py)
         super().__init__(config, layout.ram_ranges(config.memory_size))
         words = layout.command_line_words(slots)
         self._command_line = boot_params.command_line(config.kernel_cmdline + words, self.kernel.cmdline_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posix
 
 from stratovirt.arch.x86_64 import layout
 from stratovirt.devices.cmos_rtc import CmosRtc
@@ -60,7 +60,7 @@ class PlatformDevices:
 
     def tell_generation(self, memory: GuestMemory) -> None:
         """The guest is another one than it was: it gets a new generation ID, and an interrupt that says so."""
-        memory.write(layout.GENERATION_ID, os.urandom(16))
+        memory.write(layout.GENERATION_ID, posix.urandom(16))
         self._vm.create_irqfd(layout.GENERATION_IRQ).trigger()
 
     def reset(self) -> None:
