@@ -15,7 +15,9 @@ from benches.tiny_guest import EXIT_PORT
 BEGIN, END = b"B", b"E"
 _CODE_AT, _RINGS_AT, _HEADERS_AT, _DATA_AT = 0x10_0000, 0x20_0000, 0x21_0000, 0x30_0000
 _QUEUE_SIZE = 128
-_DESC, _AVAIL, _USED = _RINGS_AT, _RINGS_AT + 0x1000, _RINGS_AT + 0x2000
+# Behind the address of rings: descriptors, 1000 on the available ring, 2000 on the used ring.
+_NET_RINGS_AT, _FRAME_AT = 0x22_0000, 0x23_0000
+_NET_SEND, _NET_HEADER, _FRAME = 1, 12, 1514
 _NEXT, _WRITE = 1, 2
 _SERIAL = 0x3F8
 _EXIT_VALUE = 0x15
@@ -31,42 +33,60 @@ def image(window: int, batch: int, size: int, rounds: int, apart: bool) -> bytes
     They lie at the start of the disk: one after the other, or `apart`, with as much between any two, and out of order. A
     monitor can make one transfer of neighbours (QEMU sorts a batch for it), and none of those.
     """
-    code = _code(window, batch, rounds)
+    return _file(_code(window, batch, rounds), ((_RINGS_AT, _rings(batch, size)), (_HEADERS_AT, _headers(batch, size, apart))))
+
+
+def with_network(disk: int, network: int, batch: int, size: int, rounds: int) -> bytes:
+    """A guest that after each batch of reads sends as many frames as it has read, through the interface at `network`."""
+    rings = ((_RINGS_AT, _rings(batch, size)), (_HEADERS_AT, _headers(batch, size, True)), (_NET_RINGS_AT, _frame_rings(batch)),
+             (_FRAME_AT, bytes(_NET_HEADER) + b"\xff" * 6 + bytes((0x52, 0x54, 0, 0, 0, 1)) + b"\x88\xb5" + bytes(_FRAME - 14)))
+    return _file(_code(disk, batch, rounds, network), rings)
+
+
+def _file(code: bytes, content: tuple[tuple[int, bytes], ...]) -> bytes:
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", _CODE_AT)
-    segments = ((_CODE_AT, code), (_RINGS_AT, _rings(batch, size)), (_HEADERS_AT, _headers(batch, size, apart)))
+    segments = ((_CODE_AT, code), *content)
     offset = 0x1000
     headers = struct.pack("<IIQQQQQQ", 4, 4, 0x800, 0, 0, len(note), len(note), 4)
     body = b""
-    for address, content in segments:
-        headers += struct.pack("<IIQQQQQQ", 1, 7, offset + len(body), address, address, len(content), len(content), 0x1000)
-        body += content + bytes(-len(content) % 0x1000)
-    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, _CODE_AT, 64, 0, 0, 64, 56, 4, 0, 0, 0)
+    for address, data in segments:
+        headers += struct.pack("<IIQQQQQQ", 1, 7, offset + len(body), address, address, len(data), len(data), 0x1000)
+        body += data + bytes(-len(data) % 0x1000)
+    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, _CODE_AT, 64, 0, 0, 64, 56, 1 + len(segments),
+                       0, 0, 0)
     return (head + headers).ljust(0x800, b"\0") + note.ljust(0x800, b"\0") + body
 
 
-def _code(window: int, batch: int, rounds: int) -> bytes:
+def _code(window: int, batch: int, rounds: int, network: int = 0) -> bytes:
     def store(address: int, value: int) -> bytes:
         return b"\xc7\x05" + struct.pack("<II", address, value)  # mov dword [address], value
 
     def letter(value: bytes) -> bytes:
         return b"\x66\xba" + struct.pack("<H", _SERIAL) + b"\xb0" + value + b"\xee"  # mov dx, port; mov al, value; out dx, al
 
-    def register(offset: int, value: int) -> bytes:
-        return store(window + offset, value)
+    def set_up(window: int, queue: int, rings: int) -> bytes:
+        def register(offset: int, value: int) -> bytes:
+            return store(window + offset, value)
 
-    code = register(_STATUS, 0) + register(_STATUS, 1) + register(_STATUS, 3)
-    for half, features in ((0, 0), (1, 1)):  # VERSION_1 alone
-        code += register(_DRIVER_FEATURES_SEL, half) + register(_DRIVER_FEATURES, features)
-    code += register(_STATUS, 11) + register(_QUEUE_SEL, 0) + register(_QUEUE_NUM, _QUEUE_SIZE)
-    for offset, address in ((_QUEUE_DESC, _DESC), (_QUEUE_DRIVER, _AVAIL), (_QUEUE_DEVICE, _USED)):
-        code += register(offset, address) + register(offset + 4, 0)
-    code += register(_QUEUE_READY, 1) + register(_STATUS, 15) + letter(BEGIN)
+        code = register(_STATUS, 0) + register(_STATUS, 1) + register(_STATUS, 3)
+        for half, features in ((0, 0), (1, 1)):  # VERSION_1 alone
+            code += register(_DRIVER_FEATURES_SEL, half) + register(_DRIVER_FEATURES, features)
+        code += register(_STATUS, 11) + register(_QUEUE_SEL, queue) + register(_QUEUE_NUM, _QUEUE_SIZE)
+        for offset, address in ((_QUEUE_DESC, rings), (_QUEUE_DRIVER, rings + 0x1000), (_QUEUE_DEVICE, rings + 0x2000)):
+            code += register(offset, address) + register(offset + 4, 0)
+        return code + register(_QUEUE_READY, 1) + register(_STATUS, 15)
+
+    def offer(window: int, queue: int, rings: int) -> bytes:
+        """Offer what the rings have up to bx, and wait for it."""
+        loop = b"\x66\x89\x1d" + struct.pack("<I", rings + 0x1002)  # mov [avail.idx], bx
+        loop += store(window + _QUEUE_NOTIFY, queue)
+        # spin: mov ax, [used.idx]; cmp ax, bx; jne spin
+        return loop + b"\x66\xa1" + struct.pack("<I", rings + 0x2002) + b"\x66\x39\xd8\x75\xf5"
+
+    code = set_up(window, 0, _RINGS_AT) + (set_up(network, _NET_SEND, _NET_RINGS_AT) if network else b"") + letter(BEGIN)
     code += b"\xb9" + struct.pack("<I", rounds) + b"\xbb" + bytes(4)  # mov ecx, rounds; mov ebx, 0
     loop = b"\x83\xc3" + bytes([batch])  # add ebx, batch
-    loop += b"\x66\x89\x1d" + struct.pack("<I", _AVAIL + 2)  # mov [avail.idx], bx
-    loop += register(_QUEUE_NOTIFY, 0)
-    # spin: mov ax, [used.idx]; cmp ax, bx; jne spin
-    loop += b"\x66\xa1" + struct.pack("<I", _USED + 2) + b"\x66\x39\xd8\x75\xf5"
+    loop += offer(window, 0, _RINGS_AT) + (offer(network, _NET_SEND, _NET_RINGS_AT) if network else b"")
     loop += b"\x49"  # dec ecx
     code += loop + b"\x0f\x85" + struct.pack("<i", -(len(loop) + 6))  # jnz loop
     # wait for a byte: mov dx, line status; in al, dx; test al, 1; jz in
@@ -84,7 +104,14 @@ def _rings(batch: int, size: int) -> bytes:
         table += struct.pack("<QIHH", data, size, _NEXT | _WRITE, 3 * number + 2)
         table += struct.pack("<QIHH", header + 32, 1, _WRITE, 0)
     available = struct.pack("<HH", 0, 0) + b"".join(struct.pack("<H", 3 * (entry % batch)) for entry in range(_QUEUE_SIZE))
-    return table.ljust(_AVAIL - _DESC, b"\0") + available.ljust(_USED - _AVAIL, b"\0") + bytes(0x1000)
+    return table.ljust(0x1000, b"\0") + available.ljust(0x1000, b"\0") + bytes(0x1000)
+
+
+def _frame_rings(batch: int) -> bytes:
+    """The same frame in every descriptor, and its header before it."""
+    table = struct.pack("<QIHH", _FRAME_AT, _NET_HEADER + _FRAME, 0, 0) * batch
+    available = struct.pack("<HH", 0, 0) + b"".join(struct.pack("<H", entry % batch) for entry in range(_QUEUE_SIZE))
+    return table.ljust(0x1000, b"\0") + available.ljust(0x1000, b"\0") + bytes(0x1000)
 
 
 def _headers(batch: int, size: int, apart: bool) -> bytes:
