@@ -172,6 +172,8 @@ def _run_machine(config: "VmConfig", report: "Callable[[str], None] | None", sta
         for listener in listeners:
             listener.serve(machine)
         machine.close_behind()
+        if attachment is not None:
+            attachment.show_command_line()
         bundle.refresh()
         if sandbox is not None:
             sandbox.confine_main()

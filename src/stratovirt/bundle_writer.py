@@ -40,6 +40,7 @@ def write(target: Bundle) -> None:
         return
     head = marshal.dumps((target.tag, length, index))
     temporary = f"{target.path}.{os.getpid()}"
+    _remove_left(folder, os.path.basename(target.path) + ".")
     try:
         with open(temporary, "xb") as file:
             file.write(len(head).to_bytes(bundle.HEADER, "little") + head + b"".join(parts))
@@ -48,6 +49,17 @@ def write(target: Bundle) -> None:
         # As with Python's own files: a full disk costs the next start some milliseconds, and this one nothing.
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _remove_left(folder: str, prefix: str) -> None:
+    """What writers have left that were killed: the number at the end is a process that is no more."""
+    for name in os.listdir(folder):
+        number = name.removeprefix(prefix)
+        if number != name and number.isdigit() and not os.path.exists(f"/proc/{number}"):
+            try:
+                os.unlink(os.path.join(folder, name))
+            except OSError:
+                continue  # another writer was quicker
 
 
 def _module(name: str, target: Bundle) -> tuple[tuple[str, str, bool, int, int], bytes | memoryview] | None:

@@ -294,3 +294,38 @@ def test_what_a_machine_costs(launch, warm, tmp_path: Path) -> None:
     client.close()
     program.process.terminate()
     assert program.finish()[0] == 0
+
+
+def shown(pid: int) -> tuple[str, list[bytes]]:
+    """What `ps` has of it: the name, and the command line."""
+    return Path(f"/proc/{pid}/comm").read_text().rstrip(), Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+
+
+def test_ps_shows_the_machines_own_command_line(launch, warm, tmp_path: Path) -> None:
+    before = shown(warm.pid)
+    environment = Path(f"/proc/{warm.pid}/environ").read_bytes()
+    long = "x" * 200
+    program = launch(idle(), "-name", long, "-append", "quiet \u00e9", prefix=warm.prefix)
+    program.wait_for("running\n")
+    (machine,) = warm.machines()
+    until(lambda: shown(machine)[0] == "stratovirt")
+    words = shown(machine)[1]
+    assert words[0] == b"stratovirt"
+    assert long.encode() in words
+    assert "quiet \u00e9".encode() in words
+    assert Path(f"/proc/{machine}/environ").read_bytes() == environment
+    assert shown(warm.pid) == before
+    program.process.terminate()
+    assert program.finish()[0] == 0
+
+
+def test_ps_shows_a_daemons_own_command_line(launch, warm, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    program = launch(idle(), "-daemonize", "-pidfile", str(pid), serial=f"file,path={tmp_path}/serial", prefix=warm.prefix)
+    assert program.finish()[0] == 0
+    machine = int(pid.read_text())
+    try:
+        assert b"-daemonize" in shown(machine)[1]
+    finally:
+        os.kill(machine, signal.SIGTERM)
+        until(lambda: not pid.exists())

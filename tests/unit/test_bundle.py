@@ -93,6 +93,20 @@ def test_a_damaged_file_is_not_used_and_is_replaced(copy: Copy, damage) -> None:
     assert copy.bundle.read_bytes() == whole
 
 
+def test_what_a_killed_writer_has_left_goes_with_the_next_start(copy: Copy) -> None:
+    copy.start()
+    path = copy.bundle
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    left, others = path.with_name(f"{path.name}.{gone.pid}"), path.with_name(f"{path.name}.{os.getpid()}")
+    for file in (left, others):
+        file.write_bytes(b"half of it")
+    path.write_bytes(b"")
+    copy.start()
+    assert not left.exists()
+    assert others.exists(), "its writer lives"
+
+
 def test_a_bundle_of_another_place_is_not_used(copy: Copy, tmp_path: Path) -> None:
     copy.start()
     moved = tmp_path / "moved"

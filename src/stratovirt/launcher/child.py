@@ -6,6 +6,8 @@ import os
 import resource
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 
+from stratovirt.launcher import title
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
@@ -23,14 +25,18 @@ RESET_SIGNALS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGCHL
 
 
 class Attachment:
-    """The connection to the client, in the machine's process; and `ahead`, what this process has made before it was asked."""
+    """The connection to the client, in the machine's process; and `ahead`, what this process has made before it was asked.
 
-    def __init__(self, fd: int, ahead: KvmAhead | None = None) -> None:
+    `arguments` are the machine's.
+    """
+
+    def __init__(self, fd: int, ahead: KvmAhead | None = None, arguments: list[str] | None = None) -> None:
         self._fd = fd
         self._ahead = ahead
         self.sandbox: Sandbox | None = None  # made ahead
         self.is_clone = False
         self.detached = False  # the machine goes on without its client
+        self._arguments = arguments or []
 
     def take_ahead(self) -> KvmAhead | None:
         """It is the caller's now."""
@@ -76,8 +82,13 @@ class Attachment:
     def release(self) -> None:
         """Let the client go while the machine goes on, in another process (`-daemonize`)."""
         self._forget_ahead()
+        self.show_command_line()
         fd, self._fd = self._fd, -1
         os.close(fd)
+
+    def show_command_line(self) -> None:
+        """Have `ps` show the machine's. Thread: main, before its filter."""
+        title.show(self._arguments)
 
     def _forget_ahead(self) -> None:
         ahead = self.take_ahead()
@@ -114,7 +125,7 @@ def settle(request: Request, connection: int, soft_limit: int, ahead: KvmAhead |
     os.umask(request.umask)
     _set_soft_limit(soft_limit)
     adopt(request.environment, dict(os.environ) if own is None else own)
-    return Attachment(connection, ahead)
+    return Attachment(connection, ahead, request.arguments)
 
 
 def adopt(environment: dict[str, str], own: dict[str, str]) -> None:

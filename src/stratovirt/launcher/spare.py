@@ -66,7 +66,8 @@ def become_machine(requests: _socket.socket, makers: Makers, soft_limit: int, te
 
             mapped = clone.map_memory(template)
         source = detach(requests.detach())
-        makers.rehearse()
+        if not _is_waiting(source):
+            makers.rehearse()
         if template is not None:
             ahead: KvmAhead | None = clone.make_ahead(mapped)
             sandbox = clone.make_sandbox(template)
