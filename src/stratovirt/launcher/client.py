@@ -53,13 +53,13 @@ def _run(arguments: list[str], wish: str) -> int | None:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     # The guest may run before its pidfd is here. A signal that comes meanwhile is for the machine, and waits for it: as long as
     # the launcher may take to answer, and no longer.
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, _FORWARDED)
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, (*_FORWARDED, _signal.SIGTSTP))
     try:
         request(connection, arguments)
         pidfd, status = await_machine(connection)
         _pass_signals_on(pidfd)
     finally:
-        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _FORWARDED)
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (*_FORWARDED, _signal.SIGTSTP))
     return _as_it_ended(await_end(connection, status))
 
 

@@ -7,7 +7,7 @@ each when the machine has a QMP listener, for what is plugged in later (`machine
 
 from __future__ import annotations
 
-import os
+import posix
 
 from stratovirt import log
 from stratovirt.errors import ConfigError, GuestError
@@ -81,10 +81,10 @@ def plug(device: VirtioDevice, id: str, slot: Slot, vm: Wiring, memory: GuestMem
     if device.interrupted_by_kernel:
         # An interrupt of vhost's costs the guest two exits: for the reason, and for its acknowledgement. With vhost the reason
         # is always the same, so nobody needs to hear the second: KVM takes the write, and signals what nobody listens to.
-        unheard = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        unheard = posix.eventfd(0, posix.EFD_NONBLOCK | posix.EFD_CLOEXEC)
         for base in slot.windows:
             vm.add_ioeventfd(unheard, base + INTERRUPT_ACK, 4, INTERRUPT_USED)
-        os.close(unheard)  # KVM has it
+        posix.close(unheard)  # KVM has it
         transport.acks_vanish = True
     for index, fd in enumerate(transport.notify_fds):
         if index not in device.external_queues:
