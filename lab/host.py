@@ -45,6 +45,7 @@ ARM64_PACKAGES = (
     "python3-libfdt",
     "qemu-system-arm",
     "sed",
+    "strace",
     "util-linux",
 )
 _FILES = {

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from stratovirt.sandbox import IOTHREAD, KINDS, MAIN, VCPU
+from stratovirt.sandbox.kernel import FILTERS
 from stratovirt.sandbox.rules import allowed_calls, rules_of
-from stratovirt.sandbox.tables import FILTERS
 
 _CALL = re.compile(r"(\w+)\(")
 _FILTER = re.compile(r"seccomp\(SECCOMP_SET_MODE_FILTER, .*\{len=(\d+), .*= 0$")
@@ -31,12 +31,12 @@ UNSEEN = {
     "madvise": "at a thread's end",
     "rt_sigprocmask": "at a thread's beginning and end, and around signals",
     "exit": "at a thread's end; a process may end first",
-    "poll": "stderr as the log, and requests in flight at a reset",
+    "poll": "stderr as the log, and requests in flight at a reset", "ppoll": "the same",
     "io_uring_enter": "where the host has io_uring", "io_uring_setup": "the same", "io_uring_register": "the same",
     "sendmsg": "vhost-user", "recvfrom": "the same", "socket": "the same", "connect": "the same",
     "io_submit": "where the file system has O_DIRECT", "io_getevents": "the same", "io_setup": "the same",
     "io_destroy": "the same",
-    "mkdir": "a snapshot, which machines with vhost devices do not have",
+    "mkdir": "a snapshot, which machines with vhost devices do not have", "mkdirat": "the same",
     "fstat": "newfstatat in other C libraries", "newfstatat": "fstat in other C libraries",
     "rt_sigreturn": "at a signal's end; signals go to any thread",
     "getdents64": "when a directory of modules has changed since it was read",

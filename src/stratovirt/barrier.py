@@ -10,7 +10,7 @@ after a load behind it. So the barrier is the instruction itself, in a page of m
 It comes out of a memfd, mapped readable and executable but never writable: what the kernel writes to a file and maps for
 execution it has made coherent for the instruction cache. A call takes a fraction of a microsecond, of which the barrier is the
 smallest part. Where a policy forbids such a page, membarrier(2) takes its place, which interrupts every processor that
-runs a thread of this process, in the guest or outside: as good, and dearer.
+runs a thread of this process, in the guest or outside: as good, and dearer. No system call filter allows it (`lockdown.py`).
 
 x86_64 needs none of this: nothing here is imported there (`virtio/queue.py`).
 Spec: Arm Architecture Reference Manual, DDI 0487, B2.3.12 (data memory barrier); VIRTIO 1.2, 2.7.13.3, 2.7.14.
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DMB_ISH, RET = 0xD5033BBF, 0xD65F03C0
 
 _NR_MEMBARRIER = 324 if ARCHITECTURE == "x86_64" else 283
+uses_system_call = False  # how a barrier was made
+
 _PRIVATE_EXPEDITED, _REGISTER_PRIVATE_EXPEDITED = 8, 16
 
 
@@ -42,5 +44,7 @@ def create() -> Callable[[], object]:
 
 def by_system_call() -> Callable[[], object]:
     """The same by membarrier(2). Raises: OSError."""
+    global uses_system_call
+    uses_system_call = True
     syscall(_NR_MEMBARRIER, _REGISTER_PRIVATE_EXPEDITED, 0)
     return lambda: syscall(_NR_MEMBARRIER, _PRIVATE_EXPEDITED, 0)

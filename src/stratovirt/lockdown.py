@@ -7,17 +7,17 @@ modules that others import late, when a disk needs its engine for example, are i
 
 from __future__ import annotations
 
-import posix
 import sys
 
 from stratovirt import log
+from stratovirt.errors import HostError
 from stratovirt.sandbox import IOTHREAD, MAIN
+from stratovirt.sandbox.kernel import Sandbox
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from stratovirt.config.vm import VmConfig
     from stratovirt.loop import EventLoop
-    from stratovirt.sandbox.kernel import Sandbox
 
 # What disks import late. Their first import asks for more than a filter allows: the machine's name, a shared object.
 DISK_MODULES = (
@@ -27,33 +27,30 @@ DISK_MODULES = (
 
 
 class Lockdown:
-    """One process's sandbox; nothing but a line in the log where this version has no filters yet. `loop` is the main thread's.
-    `made` comes from `make_sandbox`, in this process and for the same configuration.
+    """One process's sandbox. `loop` is the main thread's. `made` comes from `make_sandbox`, in this process and for the same
+    configuration.
 
     Thread: the main thread, before it starts others. Raises: HostError when the host cannot do it.
     """
 
     def __init__(self, config: VmConfig, loop: EventLoop, made: Sandbox | None = None) -> None:
+        barrier = sys.modules.get("stratovirt.barrier")  # which came with the first virtio device, where there are barriers
+        if barrier is not None and barrier.uses_system_call:
+            raise HostError("this host forbids pages of machine code, so rings are ordered by membarrier(2), which no filter "
+                            "allows", 0, "-disable-seccomp runs the machine without filters")
         self._has_disks = bool(config.drives or config.qmp)  # a QMP client may plug one in
-        self._sandbox: Sandbox | None = None
-        if posix.uname().machine != "x86_64":
-            log.info("there are no system call filters for this architecture yet")
-            return
         self._sandbox = made if made is not None else make_sandbox(config)
         # Threads that are confined before this one may have something to tell.
         log.LOG.rotate_through(loop.call_soon, self._sandbox.move_log)
 
     def confine(self, kind: int) -> None:
         """Confine the calling thread, which is new. Raises: HostError."""
-        if self._sandbox is not None:
-            if kind == IOTHREAD and self._has_disks:
-                self._fetch()
-            self._sandbox.confine(kind)
+        if kind == IOTHREAD and self._has_disks:
+            self._fetch()
+        self._sandbox.confine(kind)
 
     def confine_main(self) -> None:
         """Confine the main thread, whose loop is about to run. Raises: HostError."""
-        if self._sandbox is None:
-            return
         if self._has_disks:
             self._fetch()
         sys.dont_write_bytecode = True  # a module that is imported late leaves no file behind
@@ -66,6 +63,4 @@ class Lockdown:
 
 def make_sandbox(config: VmConfig) -> Sandbox:
     """What a machine of `config` is confined by. From here on this process gets no new privileges. Raises: HostError."""
-    from stratovirt.sandbox.kernel import Sandbox
-
     return Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()), bool(config.vhost_users))

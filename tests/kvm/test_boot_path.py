@@ -44,7 +44,7 @@ stratovirt.machine.boot stratovirt.machine.drivers stratovirt.machine.events str
 stratovirt.machine.kvm stratovirt.machine.lifecycle stratovirt.machine.microvm stratovirt.machine.slots
 stratovirt.machine.vcpus stratovirt.machine.x86_64 stratovirt.machine.x86_64.boot stratovirt.machine.x86_64.platform
 stratovirt.machine.x86_64.processors stratovirt.memory stratovirt.process stratovirt.sandbox stratovirt.sandbox.kernel
-stratovirt.sandbox.tables
+stratovirt.sandbox.tables_x86_64
 """.split())
 
 

@@ -68,7 +68,8 @@ def test_all_that_holds_for_a_queue_holds_for_this_one(name: str, monkeypatch: p
     getattr(test_queue, name)()
 
 
-def test_the_barrier_by_system_call_works_again_and_again() -> None:
+def test_the_barrier_by_system_call_works_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(barrier, "uses_system_call", False)
     fence = barrier.by_system_call()
     for _ in range(10):
         assert fence() == 0
@@ -87,3 +88,16 @@ def test_without_executable_memory_the_system_call_takes_over(monkeypatch: pytes
     monkeypatch.setattr(barrier, "ARCHITECTURE", "aarch64")
     monkeypatch.setattr(barrier, "machine_code", refuse)
     assert barrier.create()() == 0
+
+
+def test_a_host_without_pages_of_code_is_told_to_do_without_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stratovirt.config.vm import VmConfig
+    from stratovirt.errors import HostError
+    from stratovirt.lockdown import Lockdown
+    from stratovirt.loop import EventLoop
+
+    monkeypatch.setattr(barrier, "uses_system_call", True)
+    loop = EventLoop()
+    with pytest.raises(HostError, match=r"membarrier.*-disable-seccomp"):
+        Lockdown(VmConfig(), loop)
+    loop.close()

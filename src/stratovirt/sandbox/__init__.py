@@ -2,7 +2,7 @@
 
     rules.py      the table: call, kinds of threads, reason, arguments
     bpf.py        from rules to a filter's bytes
-    tables.py     those bytes, made by generate.py; with kernel.py all that a start needs
+    tables_*.py   those bytes for each architecture, made by generate.py; with kernel.py all that a start needs
     kernel.py     installs them, and the handler of what they refuse
     report.py     -seccomp-report
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOAD, JUMP, JUMP_EQUAL, JUMP_GREATER_EQUAL, JUMP_SET, RETURN = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
 
 ALLOW, TRAP, ERRNO, KILL_PROCESS = 0x7FFF_0000, 0x0003_0000, 0x0005_0000, 0x8000_0000
-ARCH_X86_64 = 0xC000_003E
+ARCHITECTURES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}  # AUDIT_ARCH_*
 X32_BIT = 0x4000_0000  # numbers of the x32 ABI: another table of calls behind the same architecture
 OTHER_ARGUMENTS = 0x10  # in the data of TRAP: the call would be allowed with other arguments
 
@@ -54,18 +54,19 @@ class Program:
         return b"".join(INSTRUCTION.pack(*instruction) for instruction in self.code)
 
 
-def compile_filter(rules: Sequence[Rule], numbers: dict[str, int], kind: int) -> bytes:
+def compile_filter(rules: Sequence[Rule], numbers: dict[str, int], kind: int, architecture: str) -> bytes:
     """The program that allows what `rules` allow, and traps on everything else with `kind` in its data.
 
     The order of the calls is that of the rules: the frequent ones come first. Several rules for one call are alternatives.
     """
     program = Program()
     program.add(LOAD, _ARCH)
-    program.add(JUMP_EQUAL, ARCH_X86_64, 1, 0)
+    program.add(JUMP_EQUAL, ARCHITECTURES[architecture], 1, 0)
     program.add(RETURN, KILL_PROCESS)  # another architecture's call: the numbers below do not count, nor does the handler
     program.add(LOAD, _NR)
-    program.add(JUMP_GREATER_EQUAL, X32_BIT, 0, 1)
-    program.add(RETURN, TRAP | kind)
+    if architecture == "x86_64":
+        program.add(JUMP_GREATER_EQUAL, X32_BIT, 0, 1)
+        program.add(RETURN, TRAP | kind)
     for call in dict.fromkeys(rule.call for rule in rules):
         body = _body([rule for rule in rules if rule.call == call], kind)
         length = len(body.code)

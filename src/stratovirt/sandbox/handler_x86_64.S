@@ -5,7 +5,7 @@
 #   2026-03-01T09:30:12.123456789: [4711][4713][seccomp]:ERROR: system call execve (59) is not allowed on a vCPU thread;
 #   arguments 0x7f0000001000, 0x0, 0x0; the process ends
 #
-# Assembled by sandbox/generate.py, kept as bytes in sandbox/tables.py. DATA is where sandbox/kernel.py has put:
+# Assembled by sandbox/generate.py, kept as bytes in sandbox/tables_x86_64.py. DATA is where sandbox/kernel.py has put:
 #
 #   0    u32  descriptor of the log
 #   4    u32  how many names follow

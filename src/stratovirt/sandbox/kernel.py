@@ -8,7 +8,7 @@ Facts about Linux that this rests on:
 - Before Linux 5.16 a thread with a filter is switched to mitigations of speculation that others do not have, and with it the
   guest on a vCPU's thread; SPEC_ALLOW leaves that as the host's administrator has set it.
 
-The handler is machine code in a page of its own (handler_x86_64.S): it works on any thread, with or without the
+The handler is machine code in a page of its own (handler_*.S): it works on any thread, with or without the
 interpreter's lock. Nothing else of this process is ever made executable once the filters are in place.
 """
 
@@ -18,11 +18,18 @@ import posix
 import struct
 
 from stratovirt.errors import HostError
-from stratovirt.hostmap import HostMapping, address_of, syscall, use_one_heap
+from stratovirt.hostmap import ARCHITECTURE, PAGE_SIZE, HostMapping, address_of, syscall, use_one_heap
 from stratovirt.sandbox import KIND_NAMES
-from stratovirt.sandbox.tables import CALL_NAMES, FILTERS, HANDLER
 
-_MPROTECT, _RT_SIGACTION, _PRCTL, _SECCOMP = 10, 13, 157, 317
+TYPE_CHECKING = False
+if TYPE_CHECKING or ARCHITECTURE != "aarch64":
+    from stratovirt.sandbox.tables_x86_64 import CALL_NAMES, FILTERS, HANDLER
+
+    _MPROTECT, _RT_SIGACTION, _PRCTL, _SECCOMP = 10, 13, 157, 317
+else:
+    from stratovirt.sandbox.tables_aarch64 import CALL_NAMES, FILTERS, HANDLER
+
+    _MPROTECT, _RT_SIGACTION, _PRCTL, _SECCOMP = 226, 134, 167, 277
 _PR_SET_NO_NEW_PRIVS = 38
 _SET_MODE_FILTER, _GET_ACTION_AVAIL, _SPEC_ALLOW = 1, 2, 1 << 2
 _PROT_READ, _PROT_EXEC = 1, 4
@@ -30,7 +37,7 @@ _SIGSYS, _ALL_SIGNALS = 31, 0xFFFF_FFFF_FFFF_FFFF
 _SA_SIGINFO, _SA_RESTORER = 0x4, 0x0400_0000
 _EINVAL, _EACCES = 22, 13
 
-_PAGE = 4096
+_PAGE = PAGE_SIZE
 _DATA_PAGES = 2
 _KIND_SIZE = 24
 _NAMES_AT = 8 + 4 * _KIND_SIZE

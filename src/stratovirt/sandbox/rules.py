@@ -3,6 +3,9 @@
 One row is one call, the kinds of threads it is for, the reason, and what its arguments must be. Not on the way to a running
 guest: `generate.py` makes bytes of it, and a test holds the two together.
 
+Architectures differ in the calls that they have (arm64 has none that newer ones have made superfluous, so the C library makes
+those) and in what KVM is asked: `only` names the one that a row is for.
+
 Kinds of threads:
     VCPU       in KVM_RUN, and in the registers of devices
     IOTHREAD   the loop of an -object iothread, and the threads that do the requests of its disks
@@ -11,6 +14,7 @@ Kinds of threads:
 
 from __future__ import annotations
 
+from stratovirt.hostmap import ARCHITECTURE
 from stratovirt.sandbox import IOTHREAD, MAIN, VCPU
 from stratovirt.sandbox.bpf import ALLOW, ERRNO
 
@@ -41,23 +45,32 @@ class Test:
 
 
 class Rule:
-    """`kinds` is a set of bits, 1 << kind; `action` what the kernel does when all `tests` pass."""
+    """`kinds` is a set of bits, 1 << kind; `action` what the kernel does when all `tests` pass; `only` "" for everywhere."""
 
-    __slots__ = ("action", "call", "kinds", "reason", "tests")
+    __slots__ = ("action", "call", "kinds", "only", "reason", "tests")
 
-    def __init__(self, kinds: int, call: str, reason: str, *tests: Test, action: int = ALLOW) -> None:
+    def __init__(self, kinds: int, call: str, reason: str, *tests: Test, action: int = ALLOW, only: str = "") -> None:
         self.kinds = kinds
         self.call = call
         self.reason = reason
         self.tests = tests
         self.action = action
+        self.only = only
 
     @property
     def allows(self) -> bool:
         return self.action in (ALLOW, IF_IO_URING, IF_VHOST_USER, UNLESS_VHOST_USER)
 
 
+X86_64, AARCH64 = "x86_64", "aarch64"
+HOST = AARCH64 if ARCHITECTURE == AARCH64 else X86_64
+
 KVM_ON_VCPU_THREADS = {"KVM_RUN": 0xAE80}
+KVM_ON_VCPU_THREADS_AARCH64 = {"KVM_RUN": 0xAE80, "KVM_IRQ_LINE": 0x4008_AE61}  # lines of serial port and clock
+KVM_DIRTY_LOG = {  # the log of what is written after a snapshot
+    "KVM_ENABLE_CAP": 0x4068_AEA3, "KVM_SET_USER_MEMORY_REGION": 0x4020_AE46, "KVM_GET_DIRTY_LOG": 0x4010_AE42,
+    "KVM_CLEAR_DIRTY_LOG": 0xC018_AEC0,
+}
 KVM_ON_MAIN = {  # a look at a vCPU that has failed or stands still, and a reset, which reads its values from a fresh machine
     "KVM_CREATE_VM": 0xAE01, "KVM_CHECK_EXTENSION": 0xAE03, "KVM_GET_VCPU_MMAP_SIZE": 0xAE04,
     "KVM_GET_MSR_INDEX_LIST": 0xC004_AE02, "KVM_CREATE_VCPU": 0xAE41, "KVM_SET_TSS_ADDR": 0xAE47,
@@ -70,10 +83,15 @@ KVM_ON_MAIN = {  # a look at a vCPU that has failed or stands still, and a reset
     "KVM_GET_VCPU_EVENTS": 0x8040_AE9F, "KVM_SET_VCPU_EVENTS": 0x4040_AEA0,
     "KVM_GET_DEBUGREGS": 0x8080_AEA1, "KVM_SET_DEBUGREGS": 0x4080_AEA2, "KVM_GET_XSAVE": 0x9000_AEA4,
     "KVM_SET_XSAVE": 0x5000_AEA5, "KVM_GET_XCRS": 0x8188_AEA6, "KVM_SET_XCRS": 0x4188_AEA7, "KVM_TRANSLATE": 0xC018_AE85,
-    # a snapshot, and the log of what is written after it
-    "KVM_ENABLE_CAP": 0x4068_AEA3, "KVM_SET_USER_MEMORY_REGION": 0x4020_AE46, "KVM_GET_DIRTY_LOG": 0x4010_AE42,
-    "KVM_CLEAR_DIRTY_LOG": 0xC018_AEC0,
+    # a snapshot
     "KVM_GET_CLOCK": 0x8030_AE7C, "KVM_GET_TSC_KHZ": 0xAEA3, "KVM_GET_XSAVE2": 0x9000_AECF,
+    **KVM_DIRTY_LOG,
+}
+KVM_ON_MAIN_AARCH64 = {  # the serial port's line, the look at a vCPU that has failed, a reset, a snapshot
+    "KVM_IRQ_LINE": 0x4008_AE61, "KVM_ARM_VCPU_INIT": 0x4020_AEAE, "KVM_GET_REG_LIST": 0xC008_AEB0,
+    "KVM_GET_ONE_REG": 0x4010_AEAB, "KVM_SET_ONE_REG": 0x4010_AEAC, "KVM_SET_DEVICE_ATTR": 0x4018_AEE1,
+    "KVM_GET_DEVICE_ATTR": 0x4018_AEE2, "KVM_GET_MP_STATE": 0x8004_AE98, "KVM_GET_VCPU_EVENTS": 0x8040_AE9F,
+    **KVM_DIRTY_LOG,
 }
 VHOST = {  # a driver's set-up and reset of a device that the kernel serves, its pause, and its cable
     "VHOST_SET_FEATURES": 0x4008_AF00, "VHOST_SET_VRING_NUM": 0x4008_AF10, "VHOST_SET_VRING_ADDR": 0x4028_AF11,
@@ -93,16 +111,22 @@ TERMINAL = {"TCGETS": 0x5401, "TCSETS": 0x5402}
 _PROT_EXEC = 4
 _AT_FDCWD = -100 & 0xFFFF_FFFF
 _O_WRONLY, _O_RDWR, _O_CREAT, _O_EXCL, _O_NOCTTY, _O_APPEND = 0o1, 0o2, 0o100, 0o200, 0o400, 0o2000
-_O_NONBLOCK, _O_DIRECT, _O_DIRECTORY, _O_CLOEXEC = 0o4000, 0o40000, 0o200000, 0o2000000
-_OPEN_EXISTING = _O_WRONLY | _O_RDWR | _O_NONBLOCK | _O_DIRECT | _O_DIRECTORY | _O_CLOEXEC
-_NOT_TO_OPEN = ~_OPEN_EXISTING & 0xFFFF_FFFF
+_O_NONBLOCK, _O_CLOEXEC = 0o4000, 0o2000000
+_O_DIRECT, _O_DIRECTORY = {X86_64: 0o40000, AARCH64: 0o200000}, {X86_64: 0o200000, AARCH64: 0o40000}
 _OPEN_LOG = _O_WRONLY | _O_APPEND | _O_CREAT | _O_CLOEXEC | _O_NOCTTY
 _OPEN_NEW = _O_RDWR | _O_CREAT | _O_EXCL | _O_CLOEXEC
 # CLONE_VM FS FILES SIGHAND THREAD SYSVSEM SETTLS PARENT_SETTID CHILD_CLEARTID: what pthread_create asks for
 _CLONE_THREAD = 0x003D_0F00
 _MADV_DONTNEED, _MADV_REMOVE, _MADV_GUARD_INSTALL = 4, 9, 102
 _SIGABRT, _KICK_SIGNAL = 6, 34
+_AT_REMOVEDIR = 0x200
 _SOCK_STREAM, _SOCK_NONBLOCK, _SOCK_CLOEXEC = 1, 0o4000, 0o2000000
+
+
+def _not_to_open(architecture: str) -> int:
+    """The flags of open that what exists is not opened with."""
+    allowed = _O_WRONLY | _O_RDWR | _O_NONBLOCK | _O_CLOEXEC | _O_DIRECT[architecture] | _O_DIRECTORY[architecture]
+    return ~allowed & 0xFFFF_FFFF
 
 
 def _requests(*groups: dict[str, int]) -> Test:
@@ -111,20 +135,27 @@ def _requests(*groups: dict[str, int]) -> Test:
 
 
 _NOT_EXECUTABLE = Test(2, "not PROT_EXEC", forbidden_bits=_PROT_EXEC)
+_AT_CWD = Test(0, "AT_FDCWD", (_AT_FDCWD,))
 _TO_ITSELF = Test(0, "this process", (OWN_PID,))
 
 RULES = (
     # -- what a guest keeps busy
     Rule(_V, "ioctl", "the guest runs; a driver sets up or resets a device that the kernel serves",
-         _requests(KVM_ON_VCPU_THREADS, VHOST, TAP_IN_USE)),
+         _requests(KVM_ON_VCPU_THREADS, VHOST, TAP_IN_USE), only=X86_64),
+    Rule(_V, "ioctl", "the guest runs; lines of devices; a driver sets up or resets a device that the kernel serves",
+         _requests(KVM_ON_VCPU_THREADS_AARCH64, VHOST, TAP_IN_USE), only=AARCH64),
     Rule(_I, "ioctl", "discards on block devices; the cable and offloads of interfaces",
          _requests(TAP_IN_USE, DISK, VHOST)),
     Rule(_M, "ioctl", "reset, a vCPU's state, taps, vhost, discards, sockets and terminals",
-         _requests(DESCRIPTOR, TAP_IN_USE, VHOST, DISK, TERMINAL, TAP_OPENING, VHOST_OPENING, KVM_ON_MAIN)),
+         _requests(DESCRIPTOR, TAP_IN_USE, VHOST, DISK, TERMINAL, TAP_OPENING, VHOST_OPENING, KVM_ON_MAIN), only=X86_64),
+    Rule(_M, "ioctl", "reset, a vCPU's state, lines of devices, taps, vhost, discards, sockets and terminals",
+         _requests(DESCRIPTOR, TAP_IN_USE, VHOST, DISK, TERMINAL, TAP_OPENING, VHOST_OPENING, KVM_ON_MAIN_AARCH64),
+         only=AARCH64),
     Rule(_ALL, "futex", "locks: the interpreter's, those of devices"),
     Rule(_ALL, "write", "eventfds (interrupts, wake-ups), character devices, QMP's answers, the log"),
     Rule(_ALL, "read", "eventfds, character devices, modules that are imported late"),
-    Rule(_IM, "epoll_wait", "the event loop"),
+    Rule(_IM, "epoll_wait", "the event loop", only=X86_64),
+    Rule(_IM, "epoll_pwait", "the event loop", only=AARCH64),
     Rule(_IM, "preadv2", "disk reads"),
     Rule(_IM, "pwritev2", "disk writes"),
     Rule(_ALL, "readv", "frames from taps, also stale ones that a driver's start drops; random bytes"),
@@ -135,7 +166,8 @@ RULES = (
     Rule(_IM, "fdatasync", "a guest's flush; a snapshot is on disk before it has its name"),
     Rule(_IM, "fallocate", "discard, zeroes"),
     Rule(_ALL, "lseek", "the size of an image, looked at again by flush and reset"),
-    Rule(_ALL, "poll", "waits with a deadline: requests in flight, stderr, clients' last events"),
+    Rule(_ALL, "poll", "waits with a deadline: requests in flight, stderr, clients' last events", only=X86_64),
+    Rule(_ALL, "ppoll", "waits with a deadline: requests in flight, stderr, clients' last events", only=AARCH64),
     Rule(_ALL, "clock_gettime", "time where the vDSO has none; the processor time of vCPU threads (halt watch)"),
 
     # -- memory and threads of the interpreter
@@ -177,17 +209,25 @@ RULES = (
     Rule(_M, "recvmsg", "QMP requests, with descriptors"),
     Rule(_M, "accept4", "clients of QMP and of consoles", Test(3, "SOCK_CLOEXEC", (_SOCK_CLOEXEC,))),
     Rule(_M, "getsockname", "Python asks what kind of socket a client's is"),
-    Rule(_M, "openat", "blockdev-add, taps, vhost, modules that are imported late: files that exist",
-         Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "no O_CREAT, O_TRUNC, O_PATH", forbidden_bits=_NOT_TO_OPEN)),
-    Rule(_M, "openat", "a new log file", Test(0, "AT_FDCWD", (_AT_FDCWD,)), Test(2, "the flags of the log", (_OPEN_LOG,))),
-    Rule(_M, "openat", "the files of a snapshot, which must not exist", Test(0, "AT_FDCWD", (_AT_FDCWD,)),
+    *(Rule(_M, "openat", "blockdev-add, taps, vhost, modules that are imported late: files that exist", _AT_CWD,
+           Test(2, "no O_CREAT, O_TRUNC, O_PATH", forbidden_bits=_not_to_open(architecture)), only=architecture)
+      for architecture in (X86_64, AARCH64)),
+    Rule(_M, "openat", "a new log file", _AT_CWD, Test(2, "the flags of the log", (_OPEN_LOG,))),
+    Rule(_M, "openat", "the files of a snapshot, which must not exist", _AT_CWD,
          Test(2, "the flags of a snapshot's files", (_OPEN_NEW,))),
-    Rule(_M, "mkdir", "the directory of a snapshot, if no device has a vhost-user back end", action=UNLESS_VHOST_USER),
+    Rule(_M, "mkdir", "the directory of a snapshot, if no device has a vhost-user back end", action=UNLESS_VHOST_USER,
+         only=X86_64),
+    Rule(_M, "mkdirat", "the directory of a snapshot, if no device has a vhost-user back end", _AT_CWD,
+         action=UNLESS_VHOST_USER, only=AARCH64),
     Rule(_M, "newfstatat", "what kind of file an image is; whether a socket is still ours"),
     Rule(_M, "fstat", "the same in newer C libraries"),
     Rule(_M, "getdents64", "modules that are imported late"),
-    Rule(_M, "rename", "the log's rotation; a snapshot gets its name"),
-    Rule(_M, "unlink", "sockets and pid file, at the end; a snapshot that failed, or is replaced"),
+    Rule(_M, "rename", "the log's rotation; a snapshot gets its name", only=X86_64),
+    Rule(_M, "renameat", "the log's rotation; a snapshot gets its name", _AT_CWD, Test(2, "AT_FDCWD", (_AT_FDCWD,)),
+         only=AARCH64),
+    Rule(_M, "unlink", "sockets and pid file, at the end; a snapshot that failed, or is replaced", only=X86_64),
+    Rule(_M, "unlinkat", "sockets and pid file, at the end; a snapshot that failed, or is replaced", _AT_CWD,
+         Test(2, "no AT_REMOVEDIR", forbidden_bits=_AT_REMOVEDIR), only=AARCH64),
 
     # -- back ends in other processes, if there are any at the start, else EPERM
     Rule(_ALL, "sendmsg", "vhost-user: a driver's set-up, a reset, a pause are told", action=IF_VHOST_USER),
@@ -202,16 +242,17 @@ RULES = (
 )
 
 
-def rules_of(kind: int) -> tuple[Rule, ...]:
-    return tuple(rule for rule in RULES if rule.kinds >> kind & 1)
+def rules_of(kind: int, architecture: str = HOST) -> tuple[Rule, ...]:
+    return tuple(rule for rule in RULES if rule.kinds >> kind & 1 and rule.only in ("", architecture))
 
 
-def allowed_calls(kind: int) -> set[str]:
+def allowed_calls(kind: int, architecture: str = HOST) -> set[str]:
     """The calls that such a thread may make, with the right arguments."""
-    return {rule.call for rule in rules_of(kind) if rule.allows}
+    return {rule.call for rule in rules_of(kind, architecture) if rule.allows}
 
 
-def calls_of_a_process(kinds: tuple[int, ...] = (VCPU, IOTHREAD, MAIN)) -> int:
+def calls_of_a_process(kinds: tuple[int, ...] = (VCPU, IOTHREAD, MAIN), architecture: str = HOST) -> int:
     """How many calls the threads of these kinds may make together, at most: some rows exclude each other in a process."""
-    return max(len({rule.call for kind in kinds for rule in rules_of(kind) if rule.allows and rule.action != other})
+    return max(len({rule.call for kind in kinds for rule in rules_of(kind, architecture)
+                    if rule.allows and rule.action != other})
                for other in (IF_VHOST_USER, UNLESS_VHOST_USER))
