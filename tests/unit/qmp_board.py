@@ -54,6 +54,7 @@ class Board:
         self.folder = folder
         self.loop = EventLoop()
         self.rx_loop = EventLoop()
+        self.interrupt_controller = ""
         self.config = VmConfig()
         self.hub = EventHub()
         self.events: list[tuple[str, object]] = []

@@ -126,7 +126,7 @@ class Char:
 
 def test_the_boot_time_register_lies_in_the_serial_ports_page() -> None:
     wiring, mmio, times, char = Wiring(), AddressMap(), list[int](), Char()
-    platform = arm_platform.PlatformDevices(AddressMap(), mmio, wiring, lambda: 5.0, list, list)  # type: ignore[arg-type]
+    platform = arm_platform.PlatformDevices(AddressMap(), mmio, wiring, lambda: 5.0, None, list, list)  # type: ignore[arg-type]
     platform.plug_serial(char, times.append)  # type: ignore[arg-type]
     assert wiring.lines == [38, 39]
     mmio.write(0x0900_0F00, 1, 2)

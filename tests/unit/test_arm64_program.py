@@ -133,7 +133,7 @@ def test_a_disk_is_read_through_an_ordered_queue(launch: Callable[..., Program],
 
 def test_a_kernel_is_loaded_with_its_tree(launch: Callable[..., Program], tmp_path: Path) -> None:
     try:
-        fdt._libfdt()
+        fdt.load_library()
     except HostError:
         pytest.skip("the bindings of libfdt are missing: install python3-libfdt")
     header = struct.pack("<IIQQQQQQ4sI", 0, 0, 0, 1 << 20, 0xA, 0, 0, 0, b"ARM\x64", 0)

@@ -16,7 +16,7 @@ from stratovirt.errors import HostError
 from stratovirt.firmware import fdt
 
 try:
-    LIBFDT = fdt._libfdt()
+    LIBFDT = fdt.load_library()
 except HostError:
     LIBFDT = None
 pytestmark = pytest.mark.skipif(LIBFDT is None, reason="the bindings of libfdt are missing: install python3-libfdt")
@@ -114,6 +114,19 @@ def test_what_a_kernel_is_told() -> None:
     assert not tree.has("/pmu") and not tree.has("/intc@8000000/its@8080000")
 
 
+def test_the_generation_id_is_in_memory_that_the_kernel_leaves_alone() -> None:
+    """Linux Documentation/devicetree/bindings/rng/microsoft,vmgenid.yaml; its driver maps the page as a device's."""
+    tree = Tree(fdt.build(config()))
+    assert tree.get("/rng@401f0000", "compatible") == b"microsoft,vmgenid\0"
+    assert tree.cells("/rng@401f0000", "reg") == [0, 0x401F_0000, 0, 0x1_0000]
+    assert tree.cells("/rng@401f0000", "interrupts") == [0, 16, 1]
+    assert tree.cells("/reserved-memory/vmgenid@401f0000", "reg") == [0, 0x401F_0000, 0, 0x1_0000]
+    assert tree.get("/reserved-memory/vmgenid@401f0000", "no-map") == b""
+    assert layout.FDT + layout.FDT_LIMIT == layout.GENERATION_ID
+    assert layout.GENERATION_ID + layout.GENERATION_ID_SIZE == layout.KERNEL
+    assert layout.GENERATION_ID % layout.GENERATION_ID_SIZE == 0
+
+
 def test_a_machine_without_serial_port_and_initrd() -> None:
     tree = Tree(fdt.build(config(serial=False, initrd=(0, 0), seed=b"")))
     assert not tree.has("/pl011@9000000")
@@ -163,6 +176,6 @@ def test_bindings_of_another_architecture_are_passed_over(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "path", [str(tmp_path / "foreign"), *sys.path])
     monkeypatch.setattr("site.getsitepackages", lambda _prefixes: [str(tmp_path / "foreign"), str(tmp_path / "own")])
     try:
-        assert fdt._libfdt().__file__ == str(tmp_path / "own/libfdt.py")
+        assert fdt.load_library().__file__ == str(tmp_path / "own/libfdt.py")
     finally:
         sys.modules.pop("libfdt", None)

@@ -8,6 +8,7 @@ import pytest
 
 from stratovirt.devices import pl011
 from stratovirt.devices.pl011 import CR, DR, FR, ICR, IMSC, INT_OE, INT_RT, INT_RX, INT_TX, LCR_H, MIS, RIS, Pl011
+from stratovirt.snapshot.saved import Saved, SnapshotError
 
 
 class Line:
@@ -134,16 +135,16 @@ def test_reset_and_saved_state(port: tuple[Pl011, Line, Char]) -> None:
     uart, line, char = port
     uart.write(IMSC, 4, INT_RX)
     char.receive(b"input")
-    state = uart.snapshot()
+    state = uart.save()
     other_line = Line()
     other = Pl011(other_line)
-    other.restore(state)
+    other.restore(Saved(state))
     assert other_line.high and other.read(DR, 4) == ord("i")
     uart.reset()
     assert not line.high and uart.read(DR, 4) == 0 and uart.read(IMSC, 4) == 0
-    for bad in ({}, {**state, "receive": "zz"}, {**state, "raised": -1}, {**state, "receive": "00" * 2000}):
-        with pytest.raises(ValueError):
-            other.restore(bad)
+    for bad in ({}, {**state, "receive": "zz"}, {**state, "raised": -1}, {**state, "receive": "00" * 2000}, {**state, "x": 1}):
+        with pytest.raises(SnapshotError):
+            other.restore(Saved(bad))
 
 
 def test_a_port_with_nothing_plugged_in() -> None:

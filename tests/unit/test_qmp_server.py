@@ -59,6 +59,7 @@ class Machine:
         self.chardevs = {"serial0": Console()}
         self.iothreads = {}
         self.balloon = None
+        self.interrupt_controller = ""
         self.hotplug = HotPlug(self.config, [], self.events, {}, guest_memory(), self.loop)
 
     def vcpu_thread_ids(self):

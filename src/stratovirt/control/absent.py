@@ -103,5 +103,4 @@ COMMANDS = (
     _empty_list("query-tpm-models", "TPM models; there are none."),
     _empty_list("query-tpm-types", "TPM back ends; there are none."),
     _empty_list("query-migrate-capabilities", "What migration can do; it cannot be done."),
-    _empty_list("query-gic-capabilities", "Interrupt controllers of arm64; this is not one."),
 )

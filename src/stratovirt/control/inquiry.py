@@ -49,6 +49,12 @@ def _topology(machine: MachineView, index: int) -> dict[str, int]:
     return {"core-id": core, "die_id": die, "socket-id": socket, "thread-id": thread}
 
 
+def _query_gic_capabilities(machine: MachineView, _arguments: dict[str, Any]) -> object:
+    """The one that this machine has, which is the best that the host's KVM makes: there is no choice."""
+    version = machine.interrupt_controller.removeprefix("gicv")[:1]
+    return [{"version": int(version), "emulated": False, "kernel": True}] if version else []
+
+
 def _qom_path(index: int) -> str:
     return f"/machine/unattached/device[{index}]"
 
@@ -144,6 +150,8 @@ COMMANDS = (
     Command("query-target", _query_target, "The architecture.", returns=record({"arch": STR}), strict=False),
     Command("query-kvm", _query_kvm, "Whether /dev/kvm exists and may be used.",
             returns=record({"enabled": BOOL, "present": BOOL}), strict=False),
+    Command("query-gic-capabilities", _query_gic_capabilities, "The interrupt controller on arm64, none on x86_64.",
+            returns=Array(record({"version": INT, "emulated": BOOL, "kernel": BOOL})), strict=False),
     Command("query-machines", _query_machines, "The machine types.",
             returns=Array(record({"cpu-max": INT, "deprecated": BOOL, "hotpluggable-cpus": BOOL, "name": STR,
                                   "numa-mem-supported": BOOL})), strict=False),

@@ -69,6 +69,10 @@ if TYPE_CHECKING:
         @property
         def balloon(self) -> BalloonView | None: ...
 
+        @property
+        def interrupt_controller(self) -> str:
+            """What the machine's tables call it, "gicv3-its" for example; "" for a PC's."""
+
         def vcpu_thread_ids(self) -> list[int]: ...
 
         def pause(self) -> None: ...

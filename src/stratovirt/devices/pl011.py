@@ -26,7 +26,9 @@ from _thread import allocate_lock
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Protocol
+
+    from stratovirt.snapshot.saved import Saved
 
     class LevelLine(Protocol):
         def set_level(self, high: bool) -> None: ...
@@ -56,6 +58,9 @@ INT_ALL = 0x7FF
 # register: (value after reset, bits that can be written)
 _PLAIN = {ILPR: (0, 0xFF), IBRD: (0, 0xFFFF), FBRD: (0, 0x3F), LCR_H: (0, 0xFF), CR: (0x300, 0xFF87), IFLS: (0x12, 0x3F),
           IMSC: (0, INT_ALL), DMACR: (0, 7)}
+
+# The names that they have in a snapshot.
+_SAVED = {"ILPR": ILPR, "IBRD": IBRD, "FBRD": FBRD, "LCR_H": LCR_H, "CR": CR, "IFLS": IFLS, "IMSC": IMSC, "DMACR": DMACR}
 
 FIFO_SIZE = 16
 RECEIVE_BUFFER_SIZE = 1024
@@ -223,24 +228,26 @@ class Pl011:
         if resume and self._char is not None:
             self._char.resume_input()
 
-    def snapshot(self) -> dict[str, Any]:
-        """The state of the device: integers, and the unread input as hexadecimal digits."""
+    def save(self) -> dict[str, object]:
+        """What a snapshot keeps: the registers, and the unread input. What has been written belongs to this process."""
         with self._lock:
-            state: dict[str, Any] = {f"{register:03x}": value for register, value in self._plain.items()}
-            return {**state, "raised": self._raised, "overrun": int(self._overrun), "receive": bytes(self._receive).hex()}
+            raised = self._raised
+            if not self._transmitter_ready():
+                raised |= INT_TX  # a driver that waits for room finds it in the machine that goes on from here
+            return {**{name: self._plain[register] for name, register in _SAVED.items()}, "raised": raised,
+                    "overrun": self._overrun, "receive": bytes(self._receive).hex()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `snapshot` gave. Raises ValueError when it is not such a state; nothing is changed then."""
-        values = {register: state.get(f"{register:03x}") for register in _PLAIN}
-        raised, overrun, text = state.get("raised"), state.get("overrun"), state.get("receive")
-        numbers = [*values.values(), raised, overrun]
-        if not all(type(value) is int and 0 <= value <= 0xFFFF for value in numbers) or not isinstance(text, str):
-            raise ValueError("pl011: not a saved state")
-        receive = bytes.fromhex(text)
-        if len(receive) > RECEIVE_BUFFER_SIZE + FIFO_SIZE:
-            raise ValueError(f"pl011: {len(receive)} bytes of unread input do not fit")
+    def restore(self, state: Saved) -> None:
+        """Take over what `save` gave. Raises: SnapshotError; nothing is changed then."""
+        values = {register: state.integer(name, 0, _PLAIN[register][1]) for name, register in _SAVED.items()}
+        raised, overrun = state.integer("raised", 0, INT_ALL), state.boolean("overrun")
+        receive = state.data("receive", limit=RECEIVE_BUFFER_SIZE + FIFO_SIZE)
+        state.end()
         with self._lock:
-            self._plain = {register: int(value or 0) & _PLAIN[register][1] for register, value in values.items()}
-            self._raised, self._overrun = int(raised or 0) & INT_ALL, bool(overrun)
+            self._plain, self._raised, self._overrun = values, raised, overrun
             self._receive[:] = receive
+            self._output = not self._raised & values[IMSC]  # the line is told in any case
             self._update()
+            resume = self._take_resume()
+        if resume and self._char is not None:
+            self._char.resume_input()

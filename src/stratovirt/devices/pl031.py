@@ -7,8 +7,7 @@ Layout, 32-bit registers:
     00C  RTCCR   rw  bit 0: running, always    01C  RTCICR   w   clears the interrupt
     FE0-FFC      r   identification, a byte each
 
-The alarm is compared with the clock when one of the registers is used and by a timer of the loop. Without one there is no
-alarm, but everything else.
+The alarm is compared with the clock when one of the registers is used, and by a timer of the loop.
 Spec: Arm PrimeCell Real Time Clock (PL031) Technical Reference Manual, DDI 0224, chapter 3. Thread: any vCPU.
 """
 
@@ -21,6 +20,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
+
+    from stratovirt.snapshot.saved import Saved
 
     class LevelLine(Protocol):
         def set_level(self, high: bool) -> None: ...
@@ -82,15 +83,20 @@ class Pl031:
                 self._raised = False
             self._compare()
         self._update()
+        self._ask(wait)
+
+    def check_alarm(self) -> None:
+        """The time that was asked for with `set_alarm` has passed, or nearly: two clocks never run alike."""
+        with self._lock:
+            self._compare()
+            wait = (self._match - self._clock()) & _MASK if self._armed else None
+        self._update()
+        self._ask(wait)
+
+    def _ask(self, wait: int | None) -> None:
         # An alarm further away than a year is one in the past, as far as anybody can tell.
         if wait is not None and wait < 366 * 86400 and self._set_alarm is not None:
             self._set_alarm(float(wait))
-
-    def check_alarm(self) -> None:
-        """The time that was asked for with `set_alarm` has passed."""
-        with self._lock:
-            self._compare()
-        self._update()
 
     def _clock(self) -> int:
         return (int(self._now()) + self._offset) & _MASK
@@ -111,3 +117,22 @@ class Pl031:
         with self._lock:
             self._power_on()
         self._irq.set_level(False)
+
+    def save(self) -> dict[str, object]:
+        """What a snapshot keeps: how far the clock is from the host's, not the time of day."""
+        with self._lock:
+            return {"offset": self._offset & _MASK, "match": self._match, "armed": self._armed, "load": self._load,
+                    "mask": self._mask, "raised": self._raised}
+
+    def restore(self, state: Saved) -> None:
+        """Take over what `save` gave. Raises: SnapshotError; nothing is changed then."""
+        offset, match, load = (state.integer(name, 0, _MASK) for name in ("offset", "match", "load"))
+        mask, armed, raised = state.integer("mask", 0, 1), state.boolean("armed"), state.boolean("raised")
+        state.end()
+        with self._lock:
+            self._offset, self._match, self._load, self._mask = offset, match, load, mask
+            self._armed, self._raised = armed, raised
+            self._compare()
+            self._output = bool(self._raised and self._mask)
+            self._irq.set_level(self._output)
+        self.check_alarm()

@@ -57,7 +57,7 @@ class FdtConfig:
 
 def build(config: FdtConfig) -> bytes:
     """The tree as it goes into memory. Raises: HostError when libfdt's bindings are missing."""
-    tree = _Tree(_libfdt().FdtSw())
+    tree = _Tree(load_library().FdtSw())
     with tree.node(""):
         tree.strings("compatible", "linux,dummy-virt")
         tree.strings("model", "linux,dummy-virt")
@@ -69,6 +69,7 @@ def build(config: FdtConfig) -> bytes:
             with tree.node(f"memory@{base:x}"):
                 tree.strings("device_type", "memory")
                 tree.wide("reg", base, size)
+        _generation(tree)
         _cpus(tree, config)
         with tree.node("psci"):
             tree.strings("compatible", "arm,psci-1.0", "arm,psci-0.2")
@@ -84,8 +85,8 @@ def build(config: FdtConfig) -> bytes:
     return tree.finish()
 
 
-def _libfdt() -> Any:
-    """The module, from wherever it is installed: a start without site-packages looks there only now, and only for this."""
+def load_library() -> Any:
+    """libfdt, from wherever it is installed: a start without site-packages looks there only now, and only for this."""
     from importlib import import_module
 
     try:
@@ -148,6 +149,22 @@ def _chosen(tree: _Tree, config: FdtConfig) -> None:
         if config.seed:
             tree.data("kaslr-seed", config.seed[:_KASLR_SEED])
             tree.data("rng-seed", config.seed[_KASLR_SEED:])
+
+
+def _generation(tree: _Tree) -> None:
+    """The generation ID of a virtual machine lies in RAM, where the kernel must not map it, for its driver does."""
+    region = layout.GENERATION_ID, layout.GENERATION_ID_SIZE
+    with tree.node("reserved-memory"):
+        tree.cells("#address-cells", 2)
+        tree.cells("#size-cells", 2)
+        tree.data("ranges")
+        with tree.node(f"vmgenid@{region[0]:x}"):
+            tree.wide("reg", *region)
+            tree.data("no-map")
+    with tree.node(f"rng@{region[0]:x}"):
+        tree.strings("compatible", "microsoft,vmgenid")
+        tree.wide("reg", *region)
+        tree.cells("interrupts", _SPI, layout.GENERATION_IRQ, _EDGE_RISING)
 
 
 def _cpus(tree: _Tree, config: FdtConfig) -> None:

@@ -64,6 +64,7 @@ class MicroVm(Lifecycle):
         self.slots: list[OccupiedSlot] = []
         self.balloon: VirtioBalloon | None = None
         self.accelerator: Accelerator | None = None
+        self.interrupt_controller = ""  # what tables have to be told of it
         self.boot: Boot | None = None
         self.migration = "none"  # how the last one went, as query-migrate says it
         self.lineage: set[str] = set()  # ids of the snapshots that it was saved in or restored from
@@ -84,7 +85,7 @@ class MicroVm(Lifecycle):
         self.accelerator = accelerator = self._create_accelerator()
         self.vm = accelerator.vm
         self.memory = self._create_memory()
-        interrupt_controller = accelerator.create_interrupt_chips()
+        self.interrupt_controller = interrupt_controller = accelerator.create_interrupt_chips()
 
         devices = [device for device in config.devices if drivers.takes_slot(device)]
         if self._incoming is not None:
@@ -113,7 +114,7 @@ class MicroVm(Lifecycle):
             virtio = drivers.create_empty(around, kind, slot.number)
             self.slots.append(plug(virtio, "", slot, self.vm, self.memory, self.mmio, device_loop))
         self.balloon = around.balloon
-        self._plug_platform(accelerator)
+        self._plug_platform(accelerator, device_loop)
         accelerator.create_processors(self.boot)
         if self._incoming is not None:
             self._incoming.restore(self)
@@ -188,8 +189,8 @@ class MicroVm(Lifecycle):
 
     # -- the platform's own devices
 
-    def _plug_platform(self, accelerator: Accelerator) -> None:
-        self.platform = PlatformDevices(self.ports, self.mmio, self.vm, accelerator.now, self._guest_reset,
+    def _plug_platform(self, accelerator: Accelerator, device_loop: EventLoop) -> None:
+        self.platform = PlatformDevices(self.ports, self.mmio, self.vm, accelerator.now, device_loop, self._guest_reset,
                                         self._guest_power_off)
         config = self.config.serial
         if config is None:

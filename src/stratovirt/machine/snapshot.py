@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from stratovirt.snapshot.chain import Ranges
     from stratovirt.virtio.device import VirtioDevice
 
-_ARCHITECTURES = ("x86_64",)
+_ARCHITECTURES = ("x86_64", "aarch64")
 _EMPTY_KINDS = {"virtio-blk": BLOCK, "virtio-net": NET}  # devices that wait in replaceable slots, by their names
 
 

@@ -4,10 +4,12 @@
     0801_0000  GICv2 processor interface     0901_0000  PL031 clock
     0808_0000  GICv3 ITS                     0A00_0000  virtio-mmio, 200h for each slot
     080A_0000  GICv3 redistributors          4000_0000  RAM: FDT, at 2 MiB the kernel, at its end the initrd
+    401F_0000  the last 64 KiB before the kernel: the generation ID, in a page that the guest takes for a device's
     40_0000_0000  redistributors beyond the 123rd, or behind RAM where that reaches so far
 
-Interrupts are shared peripheral interrupts (SPIs), by the number that KVM takes as GSI and the FDT names: 32 to 37 are the
-replaceable slots', 38 the clock's, 39 the serial port's, 40 and up those of the other slots.
+Interrupts are shared peripheral interrupts (SPIs), by the number that KVM takes as GSI and the FDT names: 16 says that the
+generation ID is another, 32 to 37 are the replaceable slots', 38 the clock's, 39 the serial port's, 40 and up those of the
+other slots.
 Spec: Arm GIC architecture, IHI 0069 (v3) and 0048 (v2); Linux Documentation/arm64/booting.rst.
 """
 
@@ -34,6 +36,7 @@ RTC, RTC_SIZE = 0x0901_0000, 0x1000
 VIRTIO_MMIO = 0x0A00_0000
 VIRTIO_MMIO_SIZE = 0x200
 
+GENERATION_IRQ = 16
 VIRTIO_FIRST_IRQ = 32
 REPLACEABLE_SLOTS = 6
 RTC_IRQ = 38
@@ -49,7 +52,8 @@ MAINTENANCE_PPI = 9
 
 RAM = 0x4000_0000
 FDT = RAM
-FDT_LIMIT = 2 * MIB
+GENERATION_ID, GENERATION_ID_SIZE = RAM + 2 * MIB - 64 * KIB, 64 * KIB  # a whole page of any size that kernels have
+FDT_LIMIT = GENERATION_ID - FDT
 KERNEL = RAM + 2 * MIB  # what the kernel's text_offset is added to
 INITRD_WINDOW = 32 * GIB  # kernel and initrd lie within so much
 COMMAND_LINE_LIMIT = 2047  # COMMAND_LINE_SIZE of arm64 Linux, less the terminator

@@ -30,6 +30,19 @@ ESR_EL1 = _SYSTEM | system_encoding(3, 0, 5, 2, 0)
 FAR_EL1 = _SYSTEM | system_encoding(3, 0, 6, 0, 0)
 SCTLR_EL1 = _SYSTEM | system_encoding(3, 0, 1, 0, 0)
 
+# What a register is of: bits 16 to 27 of its number. SVE's lengths are settled before a vCPU is finalized.
+GROUP = 0xFFF_0000
+FIRMWARE_GROUPS = (0x14 << 16, 0x16 << 16)  # pseudo registers: the versions of PSCI and of other services that KVM offers
+SVE_LENGTHS = 0x6060_0000_0015_FFFF
+
+# The counters behind CNTVCT and CNTPCT: to write one is to set its distance from the host's, for all vCPUs of a machine.
+TIMER_COUNTERS = (_SYSTEM | system_encoding(3, 3, 14, 3, 2), _SYSTEM | system_encoding(3, 3, 14, 0, 1))
+# The names that core registers have in a snapshot; others go by their numbers.
+NAMES = {
+    **{f"x{number}": register for number, register in enumerate(X)}, "sp": SP, "pc": PC, "pstate": PSTATE, "sp_el1": SP_EL1,
+    "elr_el1": ELR_EL1,
+}
+
 PSTATE_EL1H = 0x5
 PSTATE_MASKED = 0x3C0  # D, A, I and F
 

@@ -17,12 +17,14 @@ import struct
 
 from stratovirt.errors import ConfigError, HostError
 from stratovirt.hostmap import address_of
+from stratovirt.hypervisor.kvm import _uapi as common
 from stratovirt.hypervisor.kvm import _uapi_arm64 as uapi
 from stratovirt.hypervisor.kvm.system import KvmSystem
 from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
 from stratovirt.hypervisor.kvm.vm import KvmVm
 
 _DEFAULT_ADDRESS_BITS = 40
+_MAX_REGISTERS = 1 << 16
 
 
 class LevelLine:
@@ -95,8 +97,30 @@ class KvmDevice:
     def set_u64(self, group: int, attribute: int, value: int) -> None:
         self.set(group, attribute, struct.pack("<Q", value))
 
+    def get(self, group: int, attribute: int, size: int) -> bytes:
+        """The attribute's value, which has `size` bytes."""
+        return get_attribute(self.fd, self.name, group, attribute, size)
+
+    def get_u32(self, group: int, attribute: int) -> int:
+        return int.from_bytes(self.get(group, attribute, 4), "little")
+
+    def get_u64(self, group: int, attribute: int) -> int:
+        return int.from_bytes(self.get(group, attribute, 8), "little")
+
     def close(self) -> None:
         os.close(self.fd)
+
+
+def get_attribute(fd: int, name: str, group: int, attribute: int, size: int) -> bytes:
+    """The value of an attribute of a device, or of a vCPU. Raises: HostError."""
+    buffer = bytearray(size)
+    address, anchor = address_of(buffer)
+    try:
+        fcntl.ioctl(fd, uapi.KVM_GET_DEVICE_ATTR, struct.pack("<IIQQ", 0, group, attribute, address))
+    except OSError as error:
+        raise HostError.from_os(f"{name}: KVM_GET_DEVICE_ATTR {group}, {attribute:#x}", error) from error
+    del anchor
+    return bytes(buffer)
 
 
 def set_attribute(fd: int, name: str, group: int, attribute: int, value: bytes = b"") -> None:
@@ -125,16 +149,45 @@ class Arm64Vcpu(KvmVcpu):
         """A feature that has to be settled before the vCPU runs. Raises: HostError."""
         self._set("KVM_ARM_VCPU_FINALIZE", uapi.KVM_ARM_VCPU_FINALIZE, struct.pack("<i", feature))
 
+    def register_list(self) -> list[int]:
+        """The numbers of all registers that this KVM has for it."""
+        size = 1 << 10
+        while True:
+            # struct kvm_reg_list { u64 n; u64 reg[n]; }: what is missing for the room is said in n
+            buffer = bytearray(struct.pack("<Q", size)) + bytes(8 * size)
+            try:
+                fcntl.ioctl(self.fd, uapi.KVM_GET_REG_LIST, buffer, True)
+            except OSError as error:
+                count = int.from_bytes(buffer[:8], "little")
+                if error.errno == errno.E2BIG and size < count <= _MAX_REGISTERS:
+                    size = count
+                    continue
+                raise HostError.from_os(f"KVM_GET_REG_LIST of vCPU {self.id}", error) from error
+            count = int.from_bytes(buffer[:8], "little")
+            return list(struct.unpack_from(f"<{count}Q", buffer, 8))
+
     def get_register(self, number: int) -> int:
-        """A 64-bit register. Raises: HostError."""
-        value = bytearray(8)
+        """A register of any size, as a number. Raises: HostError."""
+        value = bytearray(register_size(number))
         address, anchor = address_of(value)
         self._set(f"KVM_GET_ONE_REG {number:#x}", uapi.KVM_GET_ONE_REG, struct.pack("<QQ", number, address))
         del anchor
         return int.from_bytes(value, "little")
 
     def set_register(self, number: int, value: int) -> None:
-        data = bytearray(value.to_bytes(8, "little"))
+        data = bytearray(value.to_bytes(register_size(number), "little"))
         address, anchor = address_of(data)
         self._set(f"KVM_SET_ONE_REG {number:#x}", uapi.KVM_SET_ONE_REG, struct.pack("<QQ", number, address))
         del anchor
+
+    def get_events(self) -> bytes:
+        """struct kvm_vcpu_events of arm64: an SError that waits."""
+        return bytes(self._get("KVM_GET_VCPU_EVENTS", common.KVM_GET_VCPU_EVENTS, common.SIZEOF_VCPU_EVENTS))
+
+    def set_events(self, state: bytes) -> None:
+        self._set("KVM_SET_VCPU_EVENTS", common.KVM_SET_VCPU_EVENTS, state)
+
+
+def register_size(number: int) -> int:
+    """How many bytes a register has: its number says so."""
+    return 1 << (number >> 52 & 0xF)

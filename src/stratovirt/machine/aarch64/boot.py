@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stratovirt.memory import GuestMemory
 
 _EARLY_CONSOLE = f" earlycon=pl011,mmio,0x{layout.SERIAL:08x}"
-_SEED_SIZE = 64
+_SEED_SIZE, _GENERATION_SIZE = 64, 16
 
 
 class Boot(boot.Boot):
@@ -29,6 +29,8 @@ class Boot(boot.Boot):
         self._config = config
         self._slots = slots
         self._gic = interrupt_controller
+        self._random = os.urandom(_SEED_SIZE + _GENERATION_SIZE)  # for the first boot
+        fdt.load_library()  # a reset, which may be the first to use it, could not any more
         super().__init__(config, layout.ram_ranges(config.memory_size))
         self._command_line = command_line(config.kernel_cmdline + (_EARLY_CONSOLE if config.serial is not None else ""))
 
@@ -43,16 +45,18 @@ class Boot(boot.Boot):
 
     def write_tables(self, memory: GuestMemory) -> None:
         smp = self._config.smp
+        random, self._random = self._random or _fresh_random(), b""
         tree = fdt.build(fdt.FdtConfig(
             cpus=smp.cpus, sockets=smp.sockets, clusters=smp.clusters * smp.dies, cores=smp.cores, threads=smp.threads,
             ram=layout.ram_ranges(self._ram_size), gic=self._gic, slots=self._slots, command_line=self._command_line,
             initrd=self._initrd_at, serial=self._config.serial is not None, pmu=self._config.cpu_pmu,
-            seed=os.urandom(_SEED_SIZE),
+            seed=random[_GENERATION_SIZE:],
         ))
         if len(tree) > layout.FDT_LIMIT:
             raise ConfigError(f"the device tree has {len(tree)} bytes, and there is room for {layout.FDT_LIMIT}",
                               option="-device")
         memory.write(layout.FDT, tree)
+        memory.write(layout.GENERATION_ID, random[:_GENERATION_SIZE])  # a restored snapshot has another
 
     def enter(self, vcpu: KvmVcpu) -> None:
         arm64_vcpu: Arm64Vcpu = vcpu  # type: ignore[assignment]  # this architecture has no other
@@ -66,6 +70,13 @@ class Boot(boot.Boot):
         if size and not registers.has_page_size(vcpu.get_register(registers.ID_AA64MMFR0_EL1), size):
             raise ConfigError(f"this kernel has pages of {size >> 10} KiB, which this host's processors have not",
                               option="-kernel", value=self.kernel.path, accepted="a kernel with pages of 4 KiB")
+
+
+def _fresh_random() -> bytes:
+    """For a boot after a reset."""
+    from stratovirt.snapshot.state_file import random_bytes
+
+    return random_bytes(_SEED_SIZE + _GENERATION_SIZE)
 
 
 def command_line(text: str) -> str:

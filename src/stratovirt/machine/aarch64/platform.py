@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from stratovirt.arch.aarch64 import layout
 from stratovirt.devices.pl031 import Pl031
-from stratovirt.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,19 +14,22 @@ if TYPE_CHECKING:
     from stratovirt.address_map import AddressMap
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.devices.pl011 import Pl011
+    from stratovirt.loop import EventLoop, Timer
     from stratovirt.machine.aarch64.processors import Wiring
     from stratovirt.memory import GuestMemory
     from stratovirt.snapshot.saved import Saved
 
 
 class PlatformDevices:
-    """Plugs them in. A guest asks KVM for power-off and reset (PSCI), not a device."""
+    """Plugs them in. A guest asks KVM for power-off and reset (PSCI), not a device. The clock's alarm is a timer of `loop`."""
 
-    def __init__(self, ports: AddressMap, mmio: AddressMap, vm: Wiring, now: Callable[[], float],
+    def __init__(self, ports: AddressMap, mmio: AddressMap, vm: Wiring, now: Callable[[], float], loop: EventLoop,
                  on_reset: Callable[[], None], on_power_off: Callable[[], None]) -> None:
         self._mmio = mmio
         self._vm = vm
-        self.rtc = Pl031(vm.create_level_line(layout.RTC_IRQ), now)
+        alarm = Alarm(loop)
+        self.rtc = Pl031(vm.create_level_line(layout.RTC_IRQ), now, alarm.set)
+        alarm.check = self.rtc.check_alarm
         self.serial: Pl011 | None = None
         mmio.claim(layout.RTC, layout.RTC_SIZE, self.rtc)
 
@@ -41,22 +45,53 @@ class PlatformDevices:
         self._mmio.claim(behind, layout.SERIAL + layout.SERIAL_SIZE - behind, Shifted(self.serial, behind - layout.SERIAL))
 
     def save(self) -> dict[str, object]:
-        """What a snapshot would keep. Raises: HostError."""
-        raise HostError("there are no snapshots of arm64 machines yet")
+        """What a snapshot keeps of them. Call it while no vCPU runs."""
+        return {"rtc": self.rtc.save(), "serial": self.serial.save() if self.serial is not None else None}
 
     def restore(self, state: Saved) -> None:
-        """Raises: HostError."""
-        raise HostError("there are no snapshots of arm64 machines yet")
+        """Raises: SnapshotError."""
+        self.rtc.restore(state.section("rtc"))
+        serial = state.optional_section("serial")
+        if (serial is None) != (self.serial is None):
+            raise state.error("serial", "the machine had " + ("none, and now has -serial" if serial is None else "one"))
+        if serial is not None and self.serial is not None:
+            self.serial.restore(serial)
+        state.end()
 
     def tell_generation(self, memory: GuestMemory) -> None:
-        """Raises: HostError."""
-        raise HostError("there are no snapshots of arm64 machines yet")
+        """The guest is another one than it was: it gets a new generation ID, and an interrupt that says so."""
+        memory.write(layout.GENERATION_ID, os.urandom(16))
+        self._vm.create_irqfd(layout.GENERATION_IRQ).trigger()
 
     def reset(self) -> None:
         """All of them, as after power-on. Thread: main, while no vCPU runs."""
         self.rtc.reset()
         if self.serial is not None:
             self.serial.reset()
+
+
+class Alarm:
+    """A time that is set on any thread, after which `check` is called on the loop's. A new one takes the place of the old."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self.check: Callable[[], None] = lambda: None
+        self._loop = loop
+        self._timer: Timer | None = None
+        self._wait = 0.0
+        self._asked = False
+
+    def set(self, seconds: float) -> None:
+        """Thread: any. However often a guest does this, the loop has one call of it to make."""
+        self._wait = seconds
+        if not self._asked:
+            self._asked = True
+            self._loop.call_soon(self._arm)
+
+    def _arm(self) -> None:
+        self._asked = False  # before the time is read: whoever sets another now asks again
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._wait, self.check)
 
 
 class BootTime:

@@ -118,16 +118,22 @@ class Processors:
             self._gic.reset()
 
     def save(self) -> dict[str, object]:
-        """What a snapshot would keep. Raises: HostError."""
-        raise HostError("there are no snapshots of arm64 machines yet")
+        """What a snapshot keeps of them. Call it while no vCPU runs. Raises: HostError."""
+        from stratovirt.machine.aarch64 import saved_processors
+
+        assert self._gic is not None  # made with the vCPUs
+        return saved_processors.save(self.vcpus, self._gic)
 
     def prepare(self, state: Saved) -> None:
         """Raises: HostError."""
         raise HostError("there are no snapshots of arm64 machines yet")
 
     def restore(self, state: Saved) -> None:
-        """Raises: HostError."""
-        raise HostError("there are no snapshots of arm64 machines yet")
+        """Go on from what `save` gave. Call it after `create`, before any vCPU runs. Raises: SnapshotError, HostError."""
+        from stratovirt.machine.aarch64 import saved_processors
+
+        assert self._gic is not None
+        saved_processors.restore(self.vcpus, self._gic, state)
 
     def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
         """There is nothing to watch: kernels switch off with PSCI, and KVM says so."""
@@ -138,15 +144,15 @@ class Gic:
 
     def __init__(self, vm: Arm64Vm, kind: str, cpus: int, ram_size: int) -> None:
         self.kind = kind
-        self._cpus = cpus
-        self._its: KvmDevice | None = None
+        self.cpus = cpus
+        self.its: KvmDevice | None = None
         address = uapi.KVM_DEV_ARM_VGIC_GRP_ADDR
         if kind == GICV2:
-            self._device = device = vm.create_device("GICv2", uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
+            self.device = device = vm.create_device("GICv2", uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
             device.set_u64(address, uapi.KVM_VGIC_V2_ADDR_TYPE_DIST, layout.GIC_DISTRIBUTOR)
             device.set_u64(address, uapi.KVM_VGIC_V2_ADDR_TYPE_CPU, layout.GICV2_CPU)
         else:
-            self._device = device = vm.create_device("GICv3", uapi.KVM_DEV_TYPE_ARM_VGIC_V3)
+            self.device = device = vm.create_device("GICv3", uapi.KVM_DEV_TYPE_ARM_VGIC_V3)
             device.set_u64(address, uapi.KVM_VGIC_V3_ADDR_TYPE_DIST, layout.GIC_DISTRIBUTOR)
             for index, (base, count) in enumerate(layout.redistributors(cpus, ram_size)):
                 # bits 63-52 how many, 51-16 of the base, 11-0 the index of the region
@@ -154,18 +160,18 @@ class Gic:
         device.set_u32(uapi.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, layout.GIC_INTERRUPTS)
         device.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT)
         if kind == GICV3_ITS:
-            self._its = vm.create_device("GICv3 ITS", uapi.KVM_DEV_TYPE_ARM_VGIC_ITS)
-            self._its.set_u64(address, uapi.KVM_VGIC_ITS_ADDR_TYPE, layout.GIC_ITS)
-            self._its.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT)
+            self.its = vm.create_device("GICv3 ITS", uapi.KVM_DEV_TYPE_ARM_VGIC_ITS)
+            self.its.set_u64(address, uapi.KVM_VGIC_ITS_ADDR_TYPE, layout.GIC_ITS)
+            self.its.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT)
 
     def reset(self) -> None:
         """Every register as in a GIC that was just made. Call it while no vCPU runs."""
-        device = self._device
+        device = self.device
         distributor = uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS
-        if self._its is not None:
-            self._its.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_ITS_CTRL_RESET)
+        if self.its is not None:
+            self.its.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_ITS_CTRL_RESET)
         if self.kind == GICV2:
-            for index in range(self._cpus):
+            for index in range(self.cpus):
                 for offset, value in gic.v2_distributor(layout.GIC_INTERRUPTS, index == 0):
                     device.set_u32(distributor, index << 32 | offset, value)
                 for offset, value in gic.V2_CPU_INTERFACE:
@@ -173,7 +179,7 @@ class Gic:
             return
         for offset, value in gic.v3_distributor(layout.GIC_INTERRUPTS):
             device.set_u32(distributor, offset, value)
-        for index in range(self._cpus):
+        for index in range(self.cpus):
             affinity = mpidr(index) << 32
             for offset, value in gic.v3_redistributor():
                 device.set_u32(uapi.KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, affinity | offset, value)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stratovirt.address_map import AddressMap
     from stratovirt.backends.chardev import CharDevice
     from stratovirt.devices.serial import Serial
+    from stratovirt.loop import EventLoop
     from stratovirt.machine.kvm import Wiring
     from stratovirt.memory import GuestMemory
     from stratovirt.snapshot.saved import Saved
@@ -24,9 +25,12 @@ _CMOS_PORT, _KEYBOARD_DATA_PORT = 0x70, 0x60
 
 
 class PlatformDevices:
-    """Plugs them in. `on_reset` and `on_power_off` hear of it when the guest asks for that, on a vCPU's thread."""
+    """Plugs them in. `on_reset` and `on_power_off` hear of it when the guest asks for that, on a vCPU's thread.
 
-    def __init__(self, ports: AddressMap, mmio: AddressMap, vm: Wiring, now: Callable[[], float],
+    `loop` is not needed: this clock has no alarm.
+    """
+
+    def __init__(self, ports: AddressMap, mmio: AddressMap, vm: Wiring, now: Callable[[], float], loop: EventLoop,
                  on_reset: Callable[[], None], on_power_off: Callable[[], None]) -> None:
         self._ports = ports
         self._vm = vm
