@@ -202,10 +202,12 @@ def kvm(monkeypatch: pytest.MonkeyPatch) -> Kvm:
     return fake
 
 
-def processors(cpus: int = 2, pmu: bool = False, sve: bool = False, memory: int = GIB, **capabilities: int) -> Any:
+def processors(cpus: int = 2, pmu: bool = False, sve: bool = False, memory: int = GIB,
+               steal_time: bool = False, **capabilities: int) -> Any:
     config = VmConfig()
     config.smp = SmpConfig(cpus, cpus, 1, 1, 1, cpus, 1)
     config.cpu_pmu, config.cpu_sve, config.memory_size = pmu, sve, memory
+    config.cpu_steal_time = steal_time
     return arm_processors.Processors(System(**capabilities), config)  # type: ignore[arg-type]
 
 
@@ -246,6 +248,15 @@ def test_features_are_refused_where_the_host_has_none(kvm: Kvm) -> None:
     assert kvm.named("KVM_ARM_VCPU_FINALIZE")[0][1] == struct.pack("<i", 4)
     groups = [struct.unpack("<IIQQ", data)[1:3] for fd, data in kvm.named("KVM_SET_DEVICE_ATTR") if fd < 300]
     assert groups == [(0, 0), (0, 1)]
+
+
+def test_stolen_time_is_told_to_each_processor_in_its_own_place(kvm: Kvm) -> None:
+    with pytest.raises(ConfigError, match="-cpu host,kvm-steal-time on"):
+        processors(steal_time=True).create_interrupt_chips()
+    processors(3, steal_time=True, _187=1).create_interrupt_chips()
+    attributes = [struct.unpack("<IIQQ", data)[1:3] for fd, data in kvm.named("KVM_SET_DEVICE_ATTR") if fd < 300]
+    assert attributes == [(2, 0)] * 3
+    assert layout.STEAL_TIME + 254 * layout.STEAL_TIME_EACH <= layout.GENERATION_ID
 
 
 def test_too_many_vcpus_and_too_much_memory(kvm: Kvm) -> None:

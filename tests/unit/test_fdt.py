@@ -122,7 +122,10 @@ def test_the_generation_id_is_in_memory_that_the_kernel_leaves_alone() -> None:
     assert tree.cells("/rng@401f0000", "interrupts") == [0, 16, 1]
     assert tree.cells("/reserved-memory/vmgenid@401f0000", "reg") == [0, 0x401F_0000, 0, 0x1_0000]
     assert tree.get("/reserved-memory/vmgenid@401f0000", "no-map") == b""
-    assert layout.FDT + layout.FDT_LIMIT == layout.GENERATION_ID
+    assert not tree.has("/reserved-memory/pvtime@401e0000")
+    tree = Tree(fdt.build(config(steal_time=True)))
+    assert tree.cells("/reserved-memory/pvtime@401e0000", "reg") == [0, 0x401E_0000, 0, 0x1_0000]
+    assert layout.FDT + layout.FDT_LIMIT == layout.STEAL_TIME
     assert layout.GENERATION_ID + layout.GENERATION_ID_SIZE == layout.KERNEL
     assert layout.GENERATION_ID % layout.GENERATION_ID_SIZE == 0
 

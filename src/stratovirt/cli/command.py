@@ -165,6 +165,7 @@ def derive_topology(smp: OptionValues, text: str) -> SmpConfig:
 def _cpu(config: VmConfig, values: list[str]) -> None:
     cpu = read_group(options.CPU, values[0])
     config.cpu_pmu, config.cpu_sve = cpu.boolean("pmu"), cpu.boolean("sve")
+    config.cpu_steal_time = cpu.boolean("kvm-steal-time")
 
 
 def _kernel(config: VmConfig, values: list[str]) -> None:

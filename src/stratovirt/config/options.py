@@ -77,7 +77,7 @@ CPU = Group("-cpu", "the CPU model that the guest sees", first="model", keys=(
     Key("model", Choice("host"), "the host's own", required=True),
     Key("pmu", _BOOL, "performance counters, on arm64; without meaning on x86_64", False),
     Key("sve", _BOOL, "scalable vectors, on arm64; without meaning on x86_64", False),
-    Key("kvm-steal-time", _BOOL, "steal time, on arm64", False, ignored=True),
+    Key("kvm-steal-time", _BOOL, "the guest learns of stolen time, on arm64; without meaning on x86_64", False),
 ))
 
 MEMORY = Group("-m", "guest memory", first="size", keys=(

@@ -165,7 +165,7 @@ class VmConfig:
     """Everything asked for on one command line. Defaults are those of an empty command line."""
 
     __slots__ = (
-        "accel", "arguments", "chardevs", "cpu_pmu", "cpu_sve",
+        "accel", "arguments", "chardevs", "cpu_pmu", "cpu_steal_time", "cpu_sve",
         "daemonize", "devices", "directory", "drives", "dump_guest_core", "freeze", "incoming", "initrd", "iothreads", "kernel",
         "kernel_cmdline", "log_file", "machine_type", "mem_path", "mem_prealloc", "mem_share", "memory_backend",
         "memory_backends", "memory_size", "memory_size_given", "mod_test", "name", "netdevs", "pidfile", "qmp", "ram",
@@ -181,8 +181,9 @@ class VmConfig:
         self.mod_test = ""  # the socket that the test accelerator connects to
         self.dump_guest_core = True
         self.smp = SmpConfig()
-        self.cpu_pmu = False  # these two on arm64
+        self.cpu_pmu = False  # these three on arm64
         self.cpu_sve = False
+        self.cpu_steal_time = False
         self.memory_size = 256 * MIB
         self.memory_size_given = False
         self.mem_share = False

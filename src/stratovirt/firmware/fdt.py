@@ -35,11 +35,11 @@ class FdtConfig:
     """What the tree describes. `gic` is one of GICV2, GICV3 and GICV3_ITS; `initrd` is (address, size), size 0 for none."""
 
     __slots__ = ("clusters", "command_line", "cores", "cpus", "gic", "initrd", "pmu", "ram", "seed", "serial", "slots",
-                 "sockets", "threads")
+                 "sockets", "steal_time", "threads")
 
     def __init__(self, *, cpus: int, sockets: int, clusters: int, cores: int, threads: int, ram: list[tuple[int, int]],
                  gic: str, slots: list[Slot], command_line: str, initrd: tuple[int, int], serial: bool, pmu: bool,
-                 seed: bytes) -> None:
+                 seed: bytes, steal_time: bool = False) -> None:
         self.cpus = cpus
         self.sockets = sockets
         self.clusters = clusters
@@ -52,6 +52,7 @@ class FdtConfig:
         self.initrd = initrd
         self.serial = serial
         self.pmu = pmu
+        self.steal_time = steal_time
         self.seed = seed  # random bytes, for where the kernel lies and for its generator; b"" for none
 
 
@@ -69,7 +70,7 @@ def build(config: FdtConfig) -> bytes:
             with tree.node(f"memory@{base:x}"):
                 tree.strings("device_type", "memory")
                 tree.wide("reg", base, size)
-        _generation(tree)
+        _reserved_memory(tree, config)
         _cpus(tree, config)
         with tree.node("psci"):
             tree.strings("compatible", "arm,psci-1.0", "arm,psci-0.2")
@@ -151,13 +152,17 @@ def _chosen(tree: _Tree, config: FdtConfig) -> None:
             tree.data("rng-seed", config.seed[_KASLR_SEED:])
 
 
-def _generation(tree: _Tree) -> None:
-    """The generation ID of a virtual machine lies in RAM, where the kernel must not map it, for its driver does."""
+def _reserved_memory(tree: _Tree, config: FdtConfig) -> None:
+    """The generation ID and stolen time lie in RAM, where the kernel must not map them, for those who use them do."""
     region = layout.GENERATION_ID, layout.GENERATION_ID_SIZE
     with tree.node("reserved-memory"):
         tree.cells("#address-cells", 2)
         tree.cells("#size-cells", 2)
         tree.data("ranges")
+        if config.steal_time:
+            with tree.node(f"pvtime@{layout.STEAL_TIME:x}"):  # KVM itself says where it is, by a hypercall
+                tree.wide("reg", layout.STEAL_TIME, layout.STEAL_TIME_SIZE)
+                tree.data("no-map")
         with tree.node(f"vmgenid@{region[0]:x}"):
             tree.wide("reg", *region)
             tree.data("no-map")

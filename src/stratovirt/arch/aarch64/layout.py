@@ -4,6 +4,7 @@
     0801_0000  GICv2 processor interface     0901_0000  PL031 clock
     0808_0000  GICv3 ITS                     0A00_0000  virtio-mmio, 200h for each slot
     080A_0000  GICv3 redistributors          4000_0000  RAM: FDT, at 2 MiB the kernel, at its end the initrd
+    401E_0000  64 KiB for what KVM tells each processor of stolen time, with -cpu host,kvm-steal-time=on
     401F_0000  the last 64 KiB before the kernel: the generation ID, in a page that the guest takes for a device's
     40_0000_0000  redistributors beyond the 123rd, or behind RAM where that reaches so far
 
@@ -53,7 +54,9 @@ MAINTENANCE_PPI = 9
 RAM = 0x4000_0000
 FDT = RAM
 GENERATION_ID, GENERATION_ID_SIZE = RAM + 2 * MIB - 64 * KIB, 64 * KIB  # a whole page of any size that kernels have
-FDT_LIMIT = GENERATION_ID - FDT
+STEAL_TIME, STEAL_TIME_SIZE = GENERATION_ID - 64 * KIB, 64 * KIB
+STEAL_TIME_EACH = 64  # bytes for a processor
+FDT_LIMIT = STEAL_TIME - FDT
 KERNEL = RAM + 2 * MIB  # what the kernel's text_offset is added to
 INITRD_WINDOW = 32 * GIB  # kernel and initrd lie within so much
 COMMAND_LINE_LIMIT = 2047  # COMMAND_LINE_SIZE of arm64 Linux, less the terminator

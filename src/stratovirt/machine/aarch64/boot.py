@@ -50,7 +50,7 @@ class Boot(boot.Boot):
             cpus=smp.cpus, sockets=smp.sockets, clusters=smp.clusters * smp.dies, cores=smp.cores, threads=smp.threads,
             ram=layout.ram_ranges(self._ram_size), gic=self._gic, slots=self._slots, command_line=self._command_line,
             initrd=self._initrd_at, serial=self._config.serial is not None, pmu=self._config.cpu_pmu,
-            seed=random[_GENERATION_SIZE:],
+            seed=random[_GENERATION_SIZE:], steal_time=self._config.cpu_steal_time,
         ))
         if len(tree) > layout.FDT_LIMIT:
             raise ConfigError(f"the device tree has {len(tree)} bytes, and there is room for {layout.FDT_LIMIT}",

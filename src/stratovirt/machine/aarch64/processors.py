@@ -44,7 +44,7 @@ class Processors:
         self._system = system
         self._cpus = cpus
         self._ram_size = config.memory_size
-        self._pmu, self._sve = config.cpu_pmu, config.cpu_sve
+        self._pmu, self._sve, self._steal_time = config.cpu_pmu, config.cpu_sve, config.cpu_steal_time
         self._gic: Gic | None = None
 
     @staticmethod
@@ -75,6 +75,10 @@ class Processors:
         if self._sve:
             for vcpu in self.vcpus:
                 vcpu.finalize(uapi.KVM_ARM_VCPU_SVE)
+        if self._steal_time:
+            for index, vcpu in enumerate(self.vcpus):
+                address = (layout.STEAL_TIME + layout.STEAL_TIME_EACH * index).to_bytes(8, "little")
+                set_attribute(vcpu.fd, "steal time", uapi.KVM_ARM_VCPU_PVTIME_CTRL, uapi.KVM_ARM_VCPU_PVTIME_IPA, address)
         self._gic = Gic(self.vm, kind, self._cpus, self._ram_size)
         if self._pmu:
             for vcpu in self.vcpus:
@@ -93,6 +97,9 @@ class Processors:
             if wanted and check(capability) <= 0:
                 raise ConfigError("this host has none for its guests", option=f"-cpu host,{key}", value="on", accepted="off")
             features |= wanted << feature
+        if self._steal_time and check(uapi.KVM_CAP_STEAL_TIME) <= 0:
+            raise ConfigError("this host has none for its guests", option="-cpu host,kvm-steal-time", value="on",
+                              accepted="off")
         if check(uapi.KVM_CAP_ARM_PTRAUTH_ADDRESS) > 0 and check(uapi.KVM_CAP_ARM_PTRAUTH_GENERIC) > 0:
             # KVM takes neither without the other
             features |= 1 << uapi.KVM_ARM_VCPU_PTRAUTH_ADDRESS | 1 << uapi.KVM_ARM_VCPU_PTRAUTH_GENERIC
