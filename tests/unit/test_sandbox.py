@@ -57,8 +57,8 @@ def test_the_kernel_would_take_the_programs(kind: int) -> None:
 
 @pytest.mark.parametrize("architecture", generate.ARCHITECTURES)
 def test_the_tables_are_what_their_sources_make(architecture: str) -> None:
-    if architecture != rules.HOST and not X86_64:
-        pytest.skip("this host has no assembler for x86_64")
+    if not X86_64 and not generate.can_assemble(architecture):
+        pytest.skip("this host has no assembler for it")
     assert generate.can_assemble(architecture), "binutils is missing: lab/setup.sh test"
     text = generate.file_of(architecture).read_text(encoding="utf-8")
     made = generate.text_of(architecture, generate.filters(architecture), generate.assemble(architecture))
@@ -278,6 +278,7 @@ def test_sockets_only_for_who_has_back_ends_in_other_processes(kind: int) -> Non
                 TRAP | bpf.OTHER_ARGUMENTS | kind
 
 
+@only_x86_64
 def test_a_host_that_makes_no_code_gets_filters_that_kill() -> None:
     sandbox = object.__new__(kernel.Sandbox)
     sandbox._granted, sandbox._pages = [], None
@@ -360,7 +361,7 @@ def test_a_violation_by_arguments_says_so(kind: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "words"), [
-    *[(HERE[name], f"{name} ({HERE[name]})") for name in (by_number(rules.HOST)[2], "rseq", "kexec_load")], (423, "(423)"),
+    *[(HERE[name], f"{name} ({HERE[name]})") for name in (by_number(rules.HOST)[5], "rseq", "kexec_load")], (423, "(423)"),
     (424, "pidfd_send_signal (424)"), (450, "set_mempolicy_home_node (450)"), (451, "(451)"), (0x3FFF_FFFF, "(1073741823)")])
 def test_calls_by_name_and_number(number: int, words: str) -> None:
     done = in_sandbox(VCPU, f"syscall({number})")
@@ -509,7 +510,7 @@ sys.path.insert(0, {str(SOURCE)!r})
 from stratovirt.config.vm import VmConfig, QmpConfig
 from stratovirt.lockdown import Lockdown
 from stratovirt.loop import EventLoop
-import stratovirt.control.server, stratovirt.machine.microvm
+import stratovirt.control.server, stratovirt.machine.microvm, stratovirt.virtio.queue
 config = VmConfig()
 config.qmp.append(QmpConfig("/nowhere"))
 Lockdown(config, EventLoop()).confine_main()

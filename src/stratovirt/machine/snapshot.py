@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from stratovirt.snapshot.chain import Ranges
     from stratovirt.virtio.device import VirtioDevice
 
-_ARCHITECTURES = ("x86_64", "aarch64")
+_ARCHITECTURES = ("x86_64",)  # on aarch64 a guest was saved and restored, and did not go on: not to be had until it does
 _EMPTY_KINDS = {"virtio-blk": BLOCK, "virtio-net": NET}  # devices that wait in replaceable slots, by their names
 
 
