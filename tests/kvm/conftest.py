@@ -21,6 +21,11 @@ from stratovirt.machine.microvm import MicroVm
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 DEADLINE = 60.0
 
+# Tests send these to programs that they start. A shell ignores them for what it starts in the background, and so would they.
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
