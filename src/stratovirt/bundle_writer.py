@@ -62,9 +62,25 @@ def _remove_left(folder: str, prefix: str) -> None:
                 continue  # another writer was quicker
 
 
+def _kept(name: str, target: Bundle) -> tuple[tuple[str, str, bool, int, int], bytes | memoryview] | None:
+    """What the bundle has of a module that this process did not need; None when its file has changed, or is no more: the bundle
+    may be another version's.
+    """
+    source, compiled, is_package, time, size, _, _ = target.index[name]
+    try:
+        status = os.stat(source)
+    except OSError:
+        return None
+    if (int(status.st_mtime), status.st_size) != (time, size):
+        return None
+    return (source, compiled, is_package, time, size), target.marshalled(name)
+
+
 def _module(name: str, target: Bundle) -> tuple[tuple[str, str, bool, int, int], bytes | memoryview] | None:
     """(source, compiled file, is a package, time, size) of a module, and its code; None when it is not, or not such, a file."""
     module = sys.modules.get(name)
+    if module is None and name not in _EXTRA:
+        return _kept(name, target)
     if module is None:
         __import__(name)
         module = sys.modules[name]

@@ -168,3 +168,16 @@ def g() -> None: "Only this."
 def test_every_module_still_compiles() -> None:
     for path in SOURCE.rglob("*.py"):
         compile(_Slim().visit(ast.parse(path.read_text(), str(path))), str(path), "exec")
+
+
+def test_a_module_that_another_version_had_is_forgotten(copy: Copy) -> None:
+    package = copy.folder / "stratovirt"
+    errors = (package / "errors.py").read_text()
+    (package / "extra.py").write_text("HERE = True\n")
+    (package / "errors.py").write_text(f"{errors}\nimport stratovirt.extra\n")
+    copy.start()
+    assert b"stratovirt.extra" in copy.bundle.read_bytes()
+    (package / "extra.py").unlink()
+    (package / "errors.py").write_text(errors)
+    copy.start()
+    assert b"stratovirt.extra" not in copy.bundle.read_bytes()
