@@ -40,7 +40,7 @@ echo $device >/sys/bus/virtio/drivers/virtio_net/bind
 mac=$(cat /sys/class/net/eth0/address)
 ip link set eth0 up; ip addr add 10.78.0.$((0x${{mac##*:}}))/24 dev eth0
 ping -c 3 -w 60 -q {HOST} >/dev/null && net=up
-random=$(head -c 64 /dev/hwrng | md5sum | cut -c1-32)
+random=$(head -c 1024 /dev/hwrng | tail -c 64 | md5sum | cut -c1-32)  # the first were asked for ahead, by the template
 echo "$word $sum $memory $disk $own $mac net-$net $random $before $after" >/dev/hvc0
 read word </dev/hvc0
 """
