@@ -352,7 +352,8 @@ def test_machines_in_a_row_leave_nothing(launcher, count) -> None:
     run(count)
     until(lambda: launcher.machines() == 0, "children are left")
     until(lambda: launcher.descriptors() == descriptors, "descriptors are left")
-    assert launcher.resident_kib() <= resident + 64
+    # It grows by up to 100 KiB in the first thousands and then no more; an object for each machine would be at least 500.
+    assert launcher.resident_kib() <= resident + 256
     assert len(os.listdir(f"/proc/{launcher.pid}/task")) == 1
 
 

@@ -49,5 +49,5 @@ def let_go(fd: int) -> None:
     except OSError as error:
         log.debug(f"a VM is closed here, which takes a while: {error.strerror}")
     posix.close(fd)
-    for one in sockets:
+    for one in reversed(sockets):  # the sender last: its end calls the collector, and by then the keeper must look lost
         one.close()
