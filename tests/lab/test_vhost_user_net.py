@@ -21,6 +21,7 @@ from networks import (
     Iperf,
     Server,
     checksum,
+    make_data,
     receive_all,
     run,
     send_all,
@@ -82,6 +83,28 @@ def test_ping_tcp_and_iperf_both_ways(boot: Callable[..., Guest], backend: Calla
     assert lines[:2] == ["ping 0", "sent 0"] and lines[4:] == ["ready"]
     assert [line.split()[0] for line in lines[2:4]] == [expected, expected]
     assert from_guest.hexdigest() == expected
+
+
+@pytest.mark.long
+def test_a_gibibyte_to_the_guest(boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path) -> None:
+    start_testpmd(backend, place / "socket")
+    server = Server(lambda connection: send_all(connection, 1024))
+    guest = boot("small-elf", f"{CONFIGURE} {NC} {HOST} {server.port} </dev/null | md5sum", shared=True, programs=(NETCAT,),
+                 extra=network(place / "socket"))
+    assert guest.finish(1800) == (0, f"{checksum(1024)}  -\n")
+    server.finish()
+
+
+@pytest.mark.long
+def test_a_gibibyte_from_the_guest(boot: Callable[..., Guest], backend: Callable[..., Backend], place: Path) -> None:
+    start_testpmd(backend, place / "socket")
+    digest = hashlib.md5()
+    seed, server = Server(send_seed), Server(receive_all(digest))
+    command = f"{CONFIGURE} {NC} {HOST} {seed.port} </dev/null >/tmp/seed\n({make_data(1024)}) | {NC} {HOST} {server.port}"
+    guest = boot("small-elf", command, shared=True, programs=(NETCAT,), extra=network(place / "socket"))
+    assert guest.finish(1800) == (0, "")
+    server.finish()
+    assert digest.hexdigest() == checksum(1024)
 
 
 def test_the_back_end_dies_and_comes_back_and_the_guest_starts_again(
