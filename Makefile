@@ -31,16 +31,16 @@ lab:
 	@ARCH='$(ARCH)' SHARE='$(SHARE)' ICOUNT='$(ICOUNT)' DEADLINE='$(DEADLINE)' lab/lab
 
 test:
-	@lab/setup.sh base test venv
+	@lab/setup.sh base native test venv
 	@LONG='$(LONG)' $(PYTHON) tests/tiers.py $(TIER)
 
 bench:
-	@lab/setup.sh base guest lab venv
+	@lab/setup.sh base native guest lab venv
 	@[ -z '$(ARCH)' ] || lab/setup.sh lab-arm
 	@$(PYTHON) -m benches.run $(if $(ARCH),--arch $(ARCH)) $(BENCH)
 
 setup:
-	@lab/setup.sh base guest lab test venv
+	@lab/setup.sh base native guest lab test venv
 	@$(PYTHON) -m guest.assets stock-elf stock-bzimage stock-initramfs microvm-initramfs root-disk >/dev/null
 	@$(PYTHON) -m lab.run --prepare
 

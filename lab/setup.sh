@@ -74,10 +74,34 @@ environment() {
     ) 9>"$tree/.venv.lock"
 }
 
+# The compiled module, in place. The program works without it, so a machine that cannot make it is no error.
+compiled() {
+    stamp=$({ /usr/bin/python3 --version; cat "$tree/setup.py" "$tree"/src/stratovirt/native/*.[ch]; } | sha256sum | cut -c1-16)
+    [ ! -e "$venv/.compiled-$stamp" ] || return 0
+    command -v gcc >/dev/null || return 0
+    headers=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    [ -e "$headers/Python.h" ] || return 0
+    (
+        flock 9
+        [ ! -e "$venv/.compiled-$stamp" ] || exit 0
+        say "making the compiled module"
+        cd "$tree"
+        if "$venv/bin/python" setup.py -q build_ext --inplace >"$venv/compiled.log" 2>&1 &&
+            "$venv/bin/python" -c 'import stratovirt.native._native' 2>>"$venv/compiled.log"
+        then
+            rm -f "$venv"/.compiled-*
+            : >"$venv/.compiled-$stamp"
+        else
+            cat "$venv/compiled.log" >&2
+            say "the compiled module cannot be made here: Python does its work"
+        fi
+    ) 9>"$tree/.venv.lock"
+}
+
 groups=
 for group in "$@"; do
     case $group in venv) ;; *) groups="$groups $group" ;; esac
 done
 # shellcheck disable=SC2086
 packages $groups
-case " $* " in *" venv "*) environment ;; esac
+case " $* " in *" venv "*) environment; compiled ;; esac

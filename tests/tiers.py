@@ -200,7 +200,7 @@ def lab_arm(result: Result, folder: Path) -> None:
 def lab(result: Result, folder: Path, arch: str, *groups: str) -> None:
     """The suite in the lab of one architecture."""
     tier = result.tier
-    setup = [str(ROOT / "lab" / "setup.sh"), "base", "guest", *groups, "venv"]
+    setup = [str(ROOT / "lab" / "setup.sh"), "base", "native", "guest", *groups, "venv"]
     if subprocess.run(setup, cwd=ROOT, check=False).returncode:
         result.failures.append(f"{tier}: the machine cannot be set up")
         return

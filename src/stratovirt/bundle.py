@@ -73,7 +73,7 @@ class Bundle:
     def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         entry = self.index.get(name)
         if entry is None:
-            if name[:11] == "stratovirt.":
+            if name[:11] == "stratovirt." and name != "stratovirt.native._native":  # which is no Python code
                 self.stale = True
             return None
         source, compiled, is_package, time, size, _, _ = entry

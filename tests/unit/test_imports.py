@@ -22,7 +22,7 @@ LAYERS = (
     ("memory", "address_map", "loop", "iothread", "hostmap", "barrier", "sandbox"),
     ("log",),
     ("config",),
-    ("errors", "bundle", "bundle_writer"),
+    ("errors", "bundle", "bundle_writer", "native"),
 )
 RANK = {part: len(LAYERS) - number for number, parts in enumerate(LAYERS) for part in parts}
 # Neighbours on one row that may know each other: RAM is made of host mappings.

@@ -72,7 +72,7 @@ def examine() -> tuple[list[Check], bool]:
     checks, able = examine_kvm()
     checks += [_device("/dev/vhost-net", "fast networking in the kernel", "modprobe vhost_net"),
                _device("/dev/vhost-vsock", "sockets between host and guest", "modprobe vhost_vsock"),
-               _device("/dev/net/tun", "tap network devices", "modprobe tun"), _huge_pages()]
+               _device("/dev/net/tun", "tap network devices", "modprobe tun"), _huge_pages(), _compiled()]
     return checks, able
 
 
@@ -138,6 +138,17 @@ def _huge_pages() -> Check:
         return Check("huge pages", OK, f"{free} of {total} free, {size} MiB each")
     return Check("huge pages", OK, "none reserved; only needed for guest memory on hugetlbfs",
                  "to reserve some: sysctl vm.nr_hugepages=N")
+
+
+def _compiled() -> Check:
+    from stratovirt import native
+
+    if native.compiled is not None:
+        return Check("compiled module", OK, "it walks the queues of disks and networks")
+    if native.why.startswith(native.SWITCH):
+        return Check("compiled module", OK, f"left out ({native.why}); Python walks the queues of disks and networks")
+    return Check("compiled module", WARNING, f"{native.why}; Python walks the queues of disks and networks, which is slower",
+                 "with gcc and python3-dev: lab/setup.sh native venv in a source tree, or install the package again")
 
 
 def show(checks: list[Check], able: bool) -> None:

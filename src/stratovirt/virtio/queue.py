@@ -21,6 +21,7 @@ from _thread import allocate_lock
 
 from stratovirt.errors import GuestError
 from stratovirt.hostmap import ARCHITECTURE
+from stratovirt.native import compiled
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ _USED_ELEMENT = struct.Struct("<II")
 _WEAKLY_ORDERED = ARCHITECTURE != "x86_64"
 _fence = allocate_lock()
 
-if TYPE_CHECKING or not _WEAKLY_ORDERED:
+if not TYPE_CHECKING and compiled is not None and not _WEAKLY_ORDERED:
+    _full_barrier = compiled.full_barrier
+elif TYPE_CHECKING or not _WEAKLY_ORDERED:
 
     def _full_barrier() -> None:
         """Order earlier stores before later loads: taking a lock is an atomic read-modify-write, a full barrier on x86."""
