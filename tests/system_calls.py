@@ -33,7 +33,7 @@ UNSEEN = {
     "exit": "at a thread's end; a process may end first",
     "poll": "stderr as the log, and requests in flight at a reset", "ppoll": "the same",
     "io_uring_enter": "where the host has io_uring", "io_uring_setup": "the same", "io_uring_register": "the same",
-    "sendmsg": "vhost-user", "recvfrom": "the same", "socket": "the same", "connect": "the same",
+    "sendmsg": "vhost-user", "recvmsg": "the same, and QMP's", "socket": "the same", "connect": "the same",
     "io_submit": "where the file system has O_DIRECT", "io_getevents": "the same", "io_setup": "the same",
     "io_destroy": "the same",
     "mkdir": "a snapshot, which machines with vhost devices do not have", "mkdirat": "the same",

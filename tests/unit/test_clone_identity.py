@@ -19,6 +19,7 @@ from stratovirt.launcher.identity import Identity
 from stratovirt.launcher.request import read_request, with_arguments
 from stratovirt.launcher.template import NET, VSOCK, is_name
 from stratovirt.launcher.templates import Templates, root_of
+from stratovirt.sparse import unnamed_file
 
 LINE = ["-machine", "microvm", "-kernel", "k", "-netdev", "tap,id=n0,ifname=tap0", "-device",
         "virtio-net-device,id=e0,netdev=n0", "-netdev", "tap,id=n1,ifname=tapb", "-device",
@@ -191,7 +192,7 @@ def test_a_copy_has_the_same_content_and_holes(tmp_path, monkeypatch, missing) -
         monkeypatch.setattr(os, "copy_file_range", refuse)
     if "lseek" in missing:
         monkeypatch.setattr(os, "lseek", lambda fd, at, how: refuse() if how == os.SEEK_DATA else lseek(fd, at, how))
-    source, target = os.open(tmp_path / "disk", os.O_RDONLY), sparse_copy.unnamed_file(str(tmp_path))
+    source, target = os.open(tmp_path / "disk", os.O_RDONLY), unnamed_file(str(tmp_path))
     try:
         sparse_copy.copy(source, target)
         assert os.pread(target, 9 << 20, 0) == content
@@ -209,7 +210,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "copy_file_range", full)
-    source, target = os.open(tmp_path / "disk", os.O_RDONLY), sparse_copy.unnamed_file(str(tmp_path))
+    source, target = os.open(tmp_path / "disk", os.O_RDONLY), unnamed_file(str(tmp_path))
     monkeypatch.setattr(sparse_copy.fcntl, "ioctl", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "")))
     with pytest.raises(OSError, match="full"):
         sparse_copy.copy(source, target)

@@ -19,7 +19,7 @@ LAYERS = (
     ("virtio", "devices"),
     ("backends", "vhost"),
     ("loader", "firmware", "arch", "hypervisor", "snapshot"),
-    ("memory", "address_map", "loop", "iothread", "hostmap", "barrier", "sandbox"),
+    ("memory", "address_map", "loop", "iothread", "hostmap", "barrier", "sandbox", "sparse"),
     ("log",),
     ("config",),
     ("errors", "bundle", "bundle_writer", "native"),

@@ -321,3 +321,44 @@ def test_another_file_is_not_taken(tmp_path: Path, change: Callable[[Path], obje
     change(path)
     with pytest.raises(SnapshotError, match=problem):
         memory_file.open_file(str(path), MIB, ID)
+
+
+def shared_region(size: int, offset: int = 0) -> RamRegion:
+    fd = os.memfd_create("own")
+    os.ftruncate(fd, size + offset)
+    return RamRegion(0, HostMapping(size, fd, offset, True))
+
+
+def test_memory_that_others_map_keeps_its_holes_both_ways(tmp_path: Path) -> None:
+    first, second = shared_region(64 * MIB, MIB), shared_region(64 * MIB, MIB)
+    for at in (0, 5 * MIB + 12, 64 * MIB - 1):
+        os.pwrite(first.fd, b"\x01", MIB + at)
+    used = os.fstat(first.fd).st_blocks
+    fd = os.open(tmp_path / "memory", os.O_RDWR | os.O_CREAT)
+    memory_file.write(fd, [first], ID)
+    assert os.fstat(first.fd).st_blocks == used, "looking at it has not filled it"
+    before = (tmp_path / "memory").read_bytes()
+    memory_file.load(fd, second, 0, True)
+    assert os.fstat(second.fd).st_blocks * 512 < MIB
+    second.u8[1] = 7
+    assert os.pread(second.fd, 1, MIB + 1) == b"\x07" and os.pread(second.fd, 1, 6 * MIB + 12) == b"\x01"
+    assert second.u8[64 * MIB - 1] == 1 and (tmp_path / "memory").read_bytes() == before
+
+
+def test_memory_is_not_loaded_into_itself(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "memory", os.O_RDWR | os.O_CREAT)
+    memory_file.write(fd, [region(MIB, {0: b"here"})], ID)
+    with pytest.raises(SnapshotError, match="memory of this machine"):
+        memory_file.load(fd, RamRegion(0, HostMapping(MIB, os.open(tmp_path / "memory", os.O_RDWR), 0, True)), 0, True)
+
+
+def test_a_place_for_memory_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = os.open(tmp_path / "memory", os.O_RDWR | os.O_CREAT)
+    memory_file.write(fd, [region(MIB, {0: b"here"})], ID)
+
+    def full(*_arguments: object) -> int:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(os, "sendfile", full)
+    with pytest.raises(SnapshotError, match="into the guest's memory: No space left"):
+        memory_file.load(fd, shared_region(MIB), 0, True)

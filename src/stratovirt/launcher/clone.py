@@ -14,6 +14,7 @@ from stratovirt.errors import ConfigError, StratoVirtError
 from stratovirt.launcher import identity
 from stratovirt.launcher.template import NET, VSOCK
 from stratovirt.machine.clone import CloneAhead, MappedTemplate
+from stratovirt.sparse import unnamed_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _give_disk(template: Template, source: TemplateDrive, drive: DriveConfig) ->
                           value=template.name, accepted="a template whose disks are there; make it anew") from error
     try:
         source.check(template.name, os.fstat(fd))
-        target = sparse_copy.unnamed_file(template.directory)
+        target = unnamed_file(template.directory)
         sparse_copy.copy(fd, target)
     except OSError as error:
         raise ConfigError(f"no copy of the disk {source.path} (drive {source.id}) in {template.directory}: "

@@ -5,7 +5,7 @@ not come here.
 
     what is asked for                   what is mapped
     mem-share=on, memory-backend-memfd  a memfd
-    -mem-path DIRECTORY                 a temporary file in it, that has no name any more when the guest starts
+    -mem-path DIRECTORY                 a temporary file in it, that has no name
     -mem-path FILE                      that file: extended if it is empty, and an error if it is too small
 
 It is mapped shared with `share`, else private: the guest then sees what is in the file, and its writes stay in this process.
@@ -20,13 +20,13 @@ import stat
 from stratovirt.errors import ConfigError, HostError
 from stratovirt.hostmap import PAGE_SIZE, HostMapping
 from stratovirt.memory import RamRegion
+from stratovirt.sparse import unnamed_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from stratovirt.config.vm import RamConfig
 
 _POLICIES = {"default": 0, "preferred": 1, "bind": 2, "interleave": 3}
-_ATTEMPTS = 100
 
 
 def create_regions(ram: RamConfig, ranges: list[tuple[int, int]], threads: int) -> list[RamRegion]:
@@ -78,7 +78,7 @@ def _open(ram: RamConfig, size: int) -> tuple[int, int]:
     path = ram.path
     try:
         if os.path.isdir(path):
-            fd = _open_temporary(path)
+            fd = unnamed_file(path)
         else:
             # O_NONBLOCK: opening a FIFO by mistake must not hang
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
@@ -91,18 +91,6 @@ def _open(ram: RamConfig, size: int) -> tuple[int, int]:
         raise _refuse(ram, "this is not a regular file", "a directory or a regular file")
     huge = file_system(status.st_dev) == "hugetlbfs"
     return fd, os.fstatvfs(fd).f_bsize if huge else PAGE_SIZE
-
-
-def _open_temporary(directory: str) -> int:
-    for _ in range(_ATTEMPTS):
-        path = os.path.join(directory, f"stratovirt_backmem_{os.urandom(3).hex()}")
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            continue
-        os.unlink(path)
-        return fd
-    raise FileExistsError(17, os.strerror(17), directory)
 
 
 def _extend(ram: RamConfig, fd: int, size: int) -> None:

@@ -55,8 +55,10 @@ def take(machine: MicroVm, directory: str, base: str | None = None, track: bool 
         raise SnapshotError(f"there are no snapshots of {ARCHITECTURE} machines yet")
     if not isinstance(accelerator, KvmAccelerator) or machine.platform is None:
         raise SnapshotError("the test accelerator has no processors to save")
-    if machine.config.vhost_users:
-        raise SnapshotError("a device whose back end is another process (vhost-user) cannot be saved")
+    for occupied in machine.slots:
+        reason = occupied.device.not_to_save()
+        if reason:
+            raise SnapshotError(f"the {occupied.device.name} device {occupied.id} cannot be saved: {reason}")
     chain = _open_base(machine, base, directory) if base is not None else None
     try:
         id = _write(machine, accelerator, machine.platform, directory, chain, track)
@@ -178,7 +180,11 @@ def _describe(config: VmConfig) -> dict[str, object]:
 
 
 def _save_slot(occupied: OccupiedSlot) -> dict[str, object]:
-    return {"slot": occupied.slot.number, "id": occupied.id, "kind": occupied.device.name, **occupied.transport.save()}
+    try:
+        state = occupied.transport.save()
+    except HostError as error:
+        raise SnapshotError(f"the {occupied.device.name} device {occupied.id} cannot be saved: {error}") from error
+    return {"slot": occupied.slot.number, "id": occupied.id, "kind": occupied.device.name, **state}
 
 
 class _Told:
@@ -308,6 +314,9 @@ class Incoming:
             if self._track:  # before the devices: from their start on the kernel is to log what it writes for them
                 _track(machine, accelerator, True)
                 _count_from(machine, self._id)
+            waiting = [each.device for each in machine.slots if each.device.waits_for_restore]
+            for waiting_device in waiting:
+                waiting_device.pause()
             occupied = {each.slot.number: each for each in machine.slots}
             for number, _, kind, state in self._slots:
                 device = occupied[number].device
@@ -322,6 +331,8 @@ class Incoming:
             if not self._is_lent:
                 self._chain.close()
             platform.tell_generation(machine.memory)
+        for waiting_device in waiting:
+            waiting_device.resume()
 
     def tell(self) -> None:
         """For the log, once the guest runs: that it waits for no line."""

@@ -44,8 +44,8 @@ _NAMES_AT = 8 + 4 * _KIND_SIZE
 _DATA_MARK = b"startvit"  # in the handler's code, where the address of its data goes
 # In the filters' code: see rules.py.
 _PID_MARK = struct.pack("<I", 0x7E57_C0DE)
-_IO_URING_MARK, _VHOST_USER_MARK, _NO_VHOST_USER_MARK, _ALLOWED = (
-    struct.pack("<HBBI", 0x06, 0, 0, answer) for answer in (0x0005_000D, 0x0005_0001, 0x0005_005F, 0x7FFF_0000))
+_IO_URING_MARK, _VHOST_USER_MARK, _ALLOWED = (
+    struct.pack("<HBBI", 0x06, 0, 0, answer) for answer in (0x0005_000D, 0x0005_0001, 0x7FFF_0000))
 _TRAP_MARK, _KILLED = struct.pack("<H", 0x0003), struct.pack("<I", 0x8000_0000)
 
 _FOREVER: list[HostMapping] = []  # the handler's pages: the kernel has their address until the process ends
@@ -60,7 +60,7 @@ class Sandbox:
     """
 
     def __init__(self, log_fd: int, io_uring: bool = False, vhost_user: bool = False) -> None:
-        marks = ((_IO_URING_MARK, io_uring), (_VHOST_USER_MARK, vhost_user), (_NO_VHOST_USER_MARK, not vhost_user))
+        marks = ((_IO_URING_MARK, io_uring), (_VHOST_USER_MARK, vhost_user))
         self._granted = [mark for mark, granted in marks if granted]
         self._pages: HostMapping | None = None
         self._ready: dict[int, bytearray] = {}

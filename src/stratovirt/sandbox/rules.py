@@ -27,7 +27,6 @@ OWN_PID = 0x7E57_C0DE
 # aio=io_uring.
 IF_IO_URING = ERRNO | 13
 IF_VHOST_USER = ERRNO | 1  # EPERM, or ALLOW when a device has its back end in another process
-UNLESS_VHOST_USER = ERRNO | 95  # EOPNOTSUPP, or ALLOW when none has: such a machine has no snapshots
 
 _ENOSYS = ERRNO | 38  # "this kernel does not know it": the C library falls back to what there was before
 
@@ -59,7 +58,7 @@ class Rule:
 
     @property
     def allows(self) -> bool:
-        return self.action in (ALLOW, IF_IO_URING, IF_VHOST_USER, UNLESS_VHOST_USER)
+        return self.action in (ALLOW, IF_IO_URING, IF_VHOST_USER)
 
 
 X86_64, AARCH64 = "x86_64", "aarch64"
@@ -206,7 +205,7 @@ RULES = (
     Rule(_IM, "io_uring_register", "its eventfd", Test(1, "IORING_REGISTER_EVENTFD", (4,)), action=IF_IO_URING),
 
     # -- QMP and files, on the main thread
-    Rule(_M, "recvmsg", "QMP requests, with descriptors"),
+    Rule(_M, "recvmsg", "QMP requests, with descriptors; the answers of vhost-user back ends"),
     Rule(_M, "accept4", "clients of QMP and of consoles", Test(3, "SOCK_CLOEXEC", (_SOCK_CLOEXEC,))),
     Rule(_M, "getsockname", "Python asks what kind of socket a client's is"),
     *(Rule(_M, "openat", "blockdev-add, taps, vhost, modules that are imported late: files that exist", _AT_CWD,
@@ -215,10 +214,8 @@ RULES = (
     Rule(_M, "openat", "a new log file", _AT_CWD, Test(2, "the flags of the log", (_OPEN_LOG,))),
     Rule(_M, "openat", "the files of a snapshot, which must not exist", _AT_CWD,
          Test(2, "the flags of a snapshot's files", (_OPEN_NEW,))),
-    Rule(_M, "mkdir", "the directory of a snapshot, if no device has a vhost-user back end", action=UNLESS_VHOST_USER,
-         only=X86_64),
-    Rule(_M, "mkdirat", "the directory of a snapshot, if no device has a vhost-user back end", _AT_CWD,
-         action=UNLESS_VHOST_USER, only=AARCH64),
+    Rule(_M, "mkdir", "the directory of a snapshot", only=X86_64),
+    Rule(_M, "mkdirat", "the directory of a snapshot", _AT_CWD, only=AARCH64),
     Rule(_M, "newfstatat", "what kind of file an image is; whether a socket is still ours"),
     Rule(_M, "fstat", "the same in newer C libraries"),
     Rule(_M, "getdents64", "modules that are imported late"),
@@ -231,7 +228,7 @@ RULES = (
 
     # -- back ends in other processes, if there are any at the start, else EPERM
     Rule(_ALL, "sendmsg", "vhost-user: a driver's set-up, a reset, a pause are told", action=IF_VHOST_USER),
-    Rule(_ALL, "recvfrom", "vhost-user: the answers", action=IF_VHOST_USER),
+    Rule(_VI, "recvmsg", "vhost-user: the answers", action=IF_VHOST_USER),
     Rule(_IM, "socket", "vhost-user: a lost back end is tried again", Test(0, "AF_UNIX", (1,)),
          Test(1, "SOCK_STREAM", (_SOCK_STREAM | _SOCK_NONBLOCK | _SOCK_CLOEXEC,)), action=IF_VHOST_USER),
     Rule(_IM, "connect", "the same", action=IF_VHOST_USER),
@@ -252,7 +249,5 @@ def allowed_calls(kind: int, architecture: str = HOST) -> set[str]:
 
 
 def calls_of_a_process(kinds: tuple[int, ...] = (VCPU, IOTHREAD, MAIN), architecture: str = HOST) -> int:
-    """How many calls the threads of these kinds may make together, at most: some rows exclude each other in a process."""
-    return max(len({rule.call for kind in kinds for rule in rules_of(kind, architecture)
-                    if rule.allows and rule.action != other})
-               for other in (IF_VHOST_USER, UNLESS_VHOST_USER))
+    """How many calls the threads of these kinds may make together, at most."""
+    return len({rule.call for kind in kinds for rule in rules_of(kind, architecture) if rule.allows})

@@ -6,19 +6,19 @@ Layout: the runs of RAM one after the other, each at the offset that the state f
 Of an incremental snapshot (`chain.py`) only ranges are there, at the same offsets, and the rest is holes.
 
 It is mapped copy-on-write at a restore: nothing is read before the guest touches it, and machines of one snapshot share the
-page cache. So it must not change while one of them lives. Where memory has a file of its own (`mem-share`, `-mem-path`) it is
-read instead, holes left out.
+page cache. So it must not change while one of them lives. Where memory has a file of its own (`mem-share`, `-mem-path`) the
+data is copied there instead, which the kernel does from file to file if others are to see it, and holes stay holes.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 
 from stratovirt.errors import HostError
 from stratovirt.hostmap import PAGE_SIZE, is_zero
 from stratovirt.snapshot.saved import SnapshotError
+from stratovirt.sparse import copy_range, data_runs, send_range
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ def write(fd: int, regions: list[RamRegion], id: str, ranges: list[tuple[int, in
         for region in regions:
             offsets.append(end)
             if ranges is None:
-                write_part(fd, region.u8, end)
+                _write_run(fd, region, 0, region.size, end)
             else:
                 for start, stop in ranges:
                     start, stop = max(start, end), min(stop, end + region.size)
                     if start < stop:
-                        write_part(fd, region.u8[start - end : stop - end], start)
+                        _write_run(fd, region, start - end, stop - end, start)
             end += region.size
         finish(fd, end, id)
     except OSError as error:
@@ -60,6 +60,19 @@ def write(fd: int, regions: list[RamRegion], id: str, ranges: list[tuple[int, in
 def finish(fd: int, size: int, id: str) -> None:
     """Write the last page. Raises: OSError."""
     _write(fd, memoryview(_last_page(id)), size)
+
+
+def _write_run(fd: int, region: RamRegion, start: int, stop: int, at: int) -> None:
+    """Write this part of `region` at `at`. Raises: OSError.
+
+    In a file that others map a look at a hole would fill it: what is none is asked for.
+    """
+    if not region.shared:
+        write_part(fd, region.u8[start:stop], at)
+        return
+    origin = region.fd_offset
+    for first, last in data_runs(region.fd, origin + start, origin + stop):
+        write_part(fd, region.u8[first - origin : last - origin], at + first - origin - start)
 
 
 def write_part(fd: int, view: memoryview, start: int) -> None:
@@ -118,30 +131,29 @@ def open_file(path: str, size: int, id: str) -> int:
 
 
 def load(fd: int, region: RamRegion, offset: int, mapped: bool) -> None:
-    """Let `region` hold what the file has at `offset`: mapped copy-on-write, or else read.
+    """Let `region` hold what the file has at `offset`: mapped copy-on-write, or else copied.
 
     Raises: SnapshotError when it cannot be read, HostError when it cannot be mapped.
     """
     if mapped and region.host.fd < 0:
         region.host.map_file(0, fd, offset, region.size)
         return
-    clear = region.host.fd >= 0  # a file of its own may hold something already
-    position, end = offset, offset + region.size
+    if region.host.fd >= 0 and os.path.samestat(os.fstat(region.host.fd), os.fstat(fd)):
+        raise SnapshotError("the file `memory` would be the memory of this machine, which changes it: take another one")
+    position = offset
     try:
-        while position < end:
-            try:
-                data = min(os.lseek(fd, position, os.SEEK_DATA), end)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                data = end  # a hole up to the end
-            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
-            if clear:
-                _clear(region.u8[position - offset : data - offset])
-            read_into(fd, region.u8[data - offset : hole - offset], data)
-            position = hole
+        for start, end in data_runs(fd, offset, offset + region.size):
+            _clear(region, position - offset, start - offset)
+            position = start
+            if region.shared:
+                shift = region.fd_offset - offset
+                position = copy_range(fd, region.fd, start, end, start + shift)
+                position = send_range(fd, region.fd, position, end, position + shift)
+            read_into(fd, region.u8[position - offset : end - offset], position)
+            position = end
+        _clear(region, position - offset, region.size)
     except OSError as error:
-        raise SnapshotError(f"the file `memory`: {os.strerror(error.errno or 0)}") from error
+        raise SnapshotError(f"copying the file `memory` into the guest's memory: {os.strerror(error.errno or 0)}") from error
 
 
 def read_into(fd: int, view: memoryview, offset: int) -> None:
@@ -156,9 +168,13 @@ def read_into(fd: int, view: memoryview, offset: int) -> None:
         raise SnapshotError(f"the file `memory`: {os.strerror(error.errno or 0)}") from error
 
 
-def _clear(view: memoryview) -> None:
-    zeroes = bytes(min(len(view), _STEP))
-    for start in range(0, len(view), _STEP):
-        part = view[start : start + _STEP]
-        if not is_zero(part):
-            part[:] = zeroes[: len(part)]
+def _clear(region: RamRegion, start: int, stop: int) -> None:
+    """A file may have held something already. Raises: OSError."""
+    if region.host.fd < 0:
+        return
+    zeroes, origin = bytes(min(stop - start, _STEP)), region.fd_offset
+    for first, last in data_runs(region.fd, origin + start, origin + stop):
+        for step in range(first - origin, last - origin, _STEP):
+            part = region.u8[step : min(step + _STEP, last - origin)]
+            if not is_zero(part):
+                part[:] = zeroes[: len(part)]

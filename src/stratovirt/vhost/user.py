@@ -181,7 +181,7 @@ class VhostUser:
         data = b""
         while len(data) < size:
             try:
-                piece = self._socket.recv(size - len(data))
+                piece = self._socket.recvmsg(size - len(data))[0]  # a call that the main thread makes anyway
             except BlockingIOError:
                 self._wait(select.POLLIN, request)
                 continue

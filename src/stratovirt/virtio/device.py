@@ -73,9 +73,13 @@ class VirtioDevice:
 
     device_id = 0
     name = "virtio"
+    provider = "the device on this host"
+    """Where its features come from, for messages."""
     queue_sizes: tuple[int, ...] = ()
     external_queues: frozenset[int] = frozenset()
     """Queues that somebody else serves (the kernel's vhost, another process): their notifications do not come here."""
+    waits_for_restore = False
+    """Somebody else begins to work as soon as it is told: at a restore it stays paused until all of the machine is restored."""
     interrupted_by_kernel = False
     """The kernel's vhost serves its queues, as a rule, and raises the interrupt line."""
     others_interrupt = False
@@ -139,6 +143,14 @@ class VirtioDevice:
     def outstanding(self) -> list[memoryview]:
         """Parts of RAM that it holds and may still write, although it was taken from its queue before this."""
         return []
+
+    def not_to_save(self) -> str:
+        """Why it cannot be in a snapshot at all, "" if it can. Called before anything else of one."""
+        return ""
+
+    def lacks(self, features: int, _state: Saved) -> int:
+        """Of the driver's `features`, which are `state`'s, those that this device cannot go on with. Raises: SnapshotError."""
+        return features & ~self.features
 
     def save(self) -> dict[str, object]:
         """What a snapshot keeps of it, beside what the transport has. Called after `pause`. Raises: HostError."""

@@ -283,11 +283,12 @@ class VirtioMmio:
         self._queue_sel = state.integer("queue_sel", 0, _U32)
         self._driver_features = features = state.integer("driver_features")
         self._used_pending, self._config_pending = state.boolean("used_pending"), state.boolean("config_pending")
-        if self.status & FEATURES_OK and features & ~device.features:
-            raise state.error("driver_features", f"the guest's driver uses {features:#x}, and the device offers "
-                              f"{device.features:#x} on this host")
-        positions = self._restore_queues(state)
         own = state.section("device")
+        lacking = device.lacks(features, own)
+        if self.status & FEATURES_OK and lacking:
+            raise state.error("driver_features", f"the guest's driver uses {features:#x}, and {device.provider} lacks "
+                              f"{lacking:#x} of that")
+        positions = self._restore_queues(state)
         state.end()
         device.driver_features = features if self.status & FEATURES_OK else 0
         if self.status & DRIVER_OK and not self.broken:

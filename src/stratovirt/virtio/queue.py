@@ -144,6 +144,11 @@ class Virtqueue:
         """The index of the first available chain that has not been returned."""
         return self._next_used
 
+    @property
+    def returned(self) -> int:
+        """How many chains the used ring has, whoever put them there, modulo 65536."""
+        return self._used16[self._used_index + 1]
+
     def seek(self, position: int) -> None:
         """Go on from there: somebody else has served the queue up to it. Chains that were popped are the driver's again."""
         self._next_avail = self._next_used = self._last_signalled = position
@@ -152,7 +157,7 @@ class Virtqueue:
         """Take the queue over from somebody who served it in the order of the available ring, and is gone: what has not been
         returned is there to be popped.
         """
-        self.seek(self._used16[self._used_index + 1])
+        self.seek(self.returned)
 
     def reclaim(self, outstanding: Outstanding) -> list[Chain]:
         """Take the queue over from somebody who served it and is gone: the chains that the driver waits for, as if popped.

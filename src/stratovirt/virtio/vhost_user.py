@@ -14,6 +14,10 @@ stand.
     no          yes                  this process
     no          no                   nobody
 
+A back end that has said where its rings stand may still have requests to return (qemu-storage-daemon does). A pause waits for
+those; for what does not come there is no snapshot. A snapshot has the device's own state and what the back end offered; another
+one may go on with it that offers as much of what the driver uses, and the same disk.
+
 Threads: as of every device; the connection is used with `_work` held. A new connection is made on a thread of its own, because
 a handshake may take seconds, and becomes the device's on the loop.
 """
@@ -21,6 +25,8 @@ a handshake may take seconds, and becomes the device's on the loop.
 from __future__ import annotations
 
 import os
+import select
+import time
 from _thread import start_new_thread
 
 from stratovirt import log
@@ -37,10 +43,13 @@ if TYPE_CHECKING:
 
     from stratovirt.errors import StratoVirtError
     from stratovirt.loop import EventLoop
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.vhost.user import BackendSocket, VhostUser
     from stratovirt.virtio.queue import Chain, Virtqueue
 
 LONGEST_PAUSE = 60.0  # seconds between attempts to have a back end that takes the connection and then fails
+
+RETURN_SECONDS = 5.0  # how long a pause waits for requests that the back end has taken
 
 _RING_FEATURES = 1 << F_VERSION_1 | 1 << F_INDIRECT_DESC | 1 << F_EVENT_IDX
 
@@ -55,6 +64,7 @@ class VhostUserDevice(VirtioDevice):
     """Bits that the back end may bring, beside those of the rings."""
     needed_config = 0
     """How much of the config space is the back end's."""
+    waits_for_restore = True
     needed_queues = 1
     """What the back end must have, as it counts: queues, or pairs of them."""
 
@@ -67,6 +77,7 @@ class VhostUserDevice(VirtioDevice):
         self._on_error = on_error
         self._paused = False
         self._served: list[int] = []  # the queues that the back end has now
+        self._missing = 0  # requests that the back end had not returned when the last pause had waited for them
         self._orphaned = False  # a back end was lost that had the queues, and nobody has looked yet how they stand
         self._pause = backend.reconnect
         self._left = False
@@ -85,6 +96,10 @@ class VhostUserDevice(VirtioDevice):
     def chardev(self) -> str:
         """The id of the back end's character device."""
         return self._backend.id
+
+    @property
+    def provider(self) -> str:  # type: ignore[override]  # the base's is the same for all
+        return f"the back end at {self._backend.path}"
 
     # -- the connection
 
@@ -217,6 +232,25 @@ class VhostUserDevice(VirtioDevice):
             self._sync()
         self._tell_driver()
 
+    # -- snapshots
+
+    def not_to_save(self) -> str:
+        return "" if self._connection is not None else f"{self.provider} is not connected"
+
+    def save(self) -> dict[str, object]:
+        if self._connection is None:
+            raise BackendError(f"{self.provider} is gone")
+        if self._missing:
+            raise BackendError(f"{self.provider} does not return {self._missing} requests")
+        return {"features": self.features, "backend": self._backend.path}
+
+    def lacks(self, features: int, state: Saved) -> int:
+        """A driver that has negotiated with another device before this one may use more than the back end has ever offered."""
+        return features & state.integer("features") & ~self.features
+
+    def restore(self, state: Saved) -> None:
+        state.text("backend", 4096)
+
     def on_leave(self) -> None:
         self._left = True
         self._sync()
@@ -254,6 +288,9 @@ class VhostUserDevice(VirtioDevice):
         rings = {index: queue for index, queue in enumerate(self.queues) if queue is not None and self.is_backends(index)}
         if transport is not None and rings:
             self._served = list(rings)
+            tracker = self._backend.memory.tracker
+            if tracker is not None:
+                tracker.lose(f"{connection.name} writes memory")
             connection.start(self.backend_features(), rings, transport.notify_fds, self._call_fd, self._error_fd)
             for index in rings:
                 if self.is_enabled(index):
@@ -277,10 +314,13 @@ class VhostUserDevice(VirtioDevice):
         served = self._served
         positions = connection.stop(served)
         self._served = []
+        stopped: list[Virtqueue] = []
         for index, position in positions.items():
             queue = self.queues[index] if index < len(self.queues) else None
             if queue is not None:  # not after a reset
                 queue.seek(position)
+                stopped.append(queue)
+        self._missing = _wait_for_returns(stopped)
 
     # -- without a back end
 
@@ -346,3 +386,17 @@ class VhostUserDevice(VirtioDevice):
             self._sync()
         if broken and self.transport is not None:
             self.transport.needs_reset(GuestError(self.name, "a ring that the back end cannot follow", "VIRTIO 1.2, 2.7"))
+
+
+def _wait_for_returns(queues: list[Virtqueue]) -> int:
+    """Wait until all chains that were taken have been returned; how many are missing when there is no more time.
+
+    Nothing tells of the last one: a back end that has stopped a ring signals nothing. A senseless ring is not waited for.
+    """
+    until = time.monotonic() + RETURN_SECONDS
+    while True:
+        missing = [(queue.position - queue.returned) & 0xFFFF for queue in queues]
+        hopeless = any(count > queue.size for count, queue in zip(missing, queues, strict=True))
+        if not any(missing) or hopeless or time.monotonic() > until:
+            return sum(missing)
+        select.poll().poll(1)

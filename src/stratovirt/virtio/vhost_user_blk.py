@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
     from stratovirt.errors import StratoVirtError
     from stratovirt.loop import EventLoop
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.vhost.user import BackendSocket
     from stratovirt.virtio.block import VirtioBlock
     from stratovirt.virtio.queue import Chain
 
-_SIZE_MAX, _SEG_MAX, _BLK_SIZE, _NUM_QUEUES = slice(8, 12), slice(12, 16), slice(20, 24), slice(34, 36)
+_CAPACITY, _SIZE_MAX, _SEG_MAX, _BLK_SIZE, _NUM_QUEUES = slice(8), slice(8, 12), slice(12, 16), slice(20, 24), slice(34, 36)
 _NO_LIMIT = 1 << 32
 _HEADER_AND_STATUS = 2
 _S_IOERR = 1
@@ -52,22 +53,61 @@ class VhostUserBlk(VhostUserDevice):
         super().__init__(backend, (queue_size,) * queues, loop, on_error)
         if queues == 1:
             self.features &= ~(1 << F_MQ)
+        # What the driver has read: another device's, if this one took its place.
+        self._known = _limits(self.features, self.config)
 
     def check_driver(self, before: VirtioBlock) -> None:
         """Can the driver of `before`, which has read that one's config space, go on with this disk? Raises: BackendError."""
         if not before.active:
             return
         self.check_features(before.driver_features, 1 << F_FLUSH)
-        theirs, told = self._back_ends_config, before.config
-        limits = (("segments in a request", F_SEG_MAX, _SEG_MAX), ("bytes in a segment", F_SIZE_MAX, _SIZE_MAX))
-        for what, feature, place in limits:
-            most = int.from_bytes(theirs[place], "little") if self.features >> feature & 1 else 0
-            allowed = int.from_bytes(told[place], "little") if before.driver_features >> feature & 1 else _NO_LIMIT
-            if most and allowed > most:
-                raise BackendError(f"the back end takes {most} {what}, and the guest's driver knows of no such limit")
-        block = int.from_bytes(theirs[_BLK_SIZE], "little") if self.features >> F_BLK_SIZE & 1 else SECTOR_SIZE
-        if block > SECTOR_SIZE:
-            raise BackendError(f"the back end has blocks of {block} bytes, and the guest's driver has seen {SECTOR_SIZE}")
+        known = _limits(before.driver_features, before.config)
+        problem = self._exceeds(known)
+        if problem:
+            raise BackendError(f"the back end {problem}")
+        self._known = known
+
+    def _exceeds(self, known: tuple[int, int, int]) -> str:
+        """What a driver that knows such limits may ask for, and the back end cannot do; "" for nothing."""
+        segments, size, block = _limits(self.features, self._back_ends_config)
+        for what, most, allowed in (("segments in a request", segments, known[0]), ("bytes in a segment", size, known[1])):
+            if most and (allowed or _NO_LIMIT) > most:
+                return f"takes {most} {what}, and the guest's driver knows of no such limit"
+        return f"has blocks of {block} bytes, and the guest's driver has seen {known[2]}" if block > known[2] else ""
+
+    # -- snapshots
+
+    def save(self) -> dict[str, object]:
+        return {**super().save(), "sectors": self._sectors, "readonly": self._is_readonly, "limits": list(self._known)}
+
+    def restore(self, state: Saved) -> None:
+        """The disk is the back end's that the command line names: as large as it was, and with no limits that are new."""
+        super().restore(state)
+        sectors, limits = state.integer("sectors"), state.integers("limits", 0, _NO_LIMIT - 1, 3)
+        if len(limits) != 3:
+            raise state.error("limits", "not 3 numbers")
+        if sectors != self._sectors:
+            raise state.error("sectors", f"the disk had {sectors} sectors, and {self.provider} has {self._sectors}: it has "
+                              "changed, or is another")
+        if state.boolean("readonly") != self._is_readonly:
+            raise state.error("readonly", f"the disk was {'' if self._is_readonly else 'not '}writable")
+        if self.active:
+            self._known = limits[0], limits[1], limits[2]
+            problem = self._exceeds(self._known)
+            if problem:
+                raise state.error("limits", f"{self.provider} {problem}")
+
+    @property
+    def _sectors(self) -> int:
+        return int.from_bytes(self.config[_CAPACITY], "little")
+
+    @property
+    def _is_readonly(self) -> bool:
+        return bool(self.features >> F_RO & 1)
+
+    def on_reset(self) -> None:
+        super().on_reset()
+        self._known = _limits(self.features, self.config)
 
     def make_config(self, config: bytes) -> bytes:
         self._back_ends_config = config
@@ -84,3 +124,11 @@ class VhostUserBlk(VhostUserDevice):
             raise GuestError(self.name, "a request without a status", "VIRTIO 1.2, 5.2.6")
         chain.writable[-1][-1] = _S_IOERR
         return chain.writable_length
+
+
+def _limits(features: int, config: bytes) -> tuple[int, int, int]:
+    """Segments in a request, bytes in a segment, 0 for any number of them; bytes in a block."""
+    segments, size, block = (
+        int.from_bytes(config[place], "little") if features >> bit & 1 else 0
+        for bit, place in ((F_SEG_MAX, _SEG_MAX), (F_SIZE_MAX, _SIZE_MAX), (F_BLK_SIZE, _BLK_SIZE)))
+    return segments, size, block or SECTOR_SIZE

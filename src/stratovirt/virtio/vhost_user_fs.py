@@ -41,6 +41,10 @@ class VhostUserFs(VhostUserDevice):
         super().__init__(backend, (_QUEUE_SIZE,) * (1 + _REQUEST_QUEUES), loop, on_error)
         self.config = tag.ljust(FS_TAG_SIZE, b"\0") + _REQUEST_QUEUES.to_bytes(4, "little")
 
+    def not_to_save(self) -> str:
+        return (f"{self.provider} keeps the open files and directories of the guest to itself "
+                "(it lacks VHOST_USER_PROTOCOL_F_DEVICE_STATE)")
+
     def fail(self, index: int, chain: Chain) -> int:
         """Nobody is connected, says FUSE. A request without room for an answer wants none."""
         if chain.readable_length < _IN_HEADER.size or chain.writable_length < _OUT_HEADER.size:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from stratovirt.errors import StratoVirtError
     from stratovirt.loop import EventLoop
+    from stratovirt.snapshot.saved import Saved
     from stratovirt.vhost.user import BackendSocket
     from stratovirt.virtio.net import VirtioNet
     from stratovirt.virtio.queue import Chain, Virtqueue
@@ -143,6 +144,22 @@ class VhostUserNet(VhostUserDevice):
         super().on_reset()
         self.filter.reset()
         self.pairs_in_use = 1
+        self._set_config()
+
+    # -- snapshots
+
+    def save(self) -> dict[str, object]:
+        return {**super().save(), "cable": self.link_up, "pairs": self.pairs_in_use, "own_mac": self.filter.own_mac.hex(),
+                "filter": self.filter.save()}
+
+    def restore(self, state: Saved) -> None:
+        """As with an interface of our own: the address is the command line's until a driver has read the one that it had."""
+        super().restore(state)
+        self.link_up, self.pairs_in_use = state.boolean("cable"), state.integer("pairs", 1, self.pairs)
+        state.data("own_mac", MAC_SIZE)
+        self.filter.restore(state.section("filter"))
+        if not self.active:
+            self.filter.mac = self.filter.own_mac
         self._set_config()
 
     # -- the control queue
