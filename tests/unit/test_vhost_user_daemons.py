@@ -27,6 +27,12 @@ SECONDS = 60.0
 FUSE_INIT, FUSE_GETATTR, FUSE_LOOKUP = 26, 3, 1
 
 
+def listens(path: Path) -> bool:
+    """Bound, and with room for who connects: __SO_ACCEPTCON among the flags."""
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    return any(line.endswith(f" {path}") and int(line.split()[3], 16) & 0x10000 for line in lines)
+
+
 class DaemonDriver(Driver):
     def __init__(self, socket: Path, make: Callable[..., VhostUserDevice]) -> None:
         self.loop = EventLoop()
@@ -66,7 +72,7 @@ def daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonDriver]]:
         socket = tmp_path / "socket"
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
         until = time.monotonic() + SECONDS
-        while not socket.exists() or b"socket" not in Path("/proc/net/unix").read_bytes():
+        while not listens(socket):
             if process.poll() is not None or time.monotonic() > until:
                 process.kill()
                 pytest.skip(f"{command[0]} does not run here: {process.communicate()[1].decode()[-300:]}")
@@ -110,6 +116,7 @@ def test_qemu_storage_daemon(disk: DaemonDriver, tmp_path: Path) -> None:
             assert transfer(disk, 1, 10 + number, data, number)[0] == 0
             assert (tmp_path / "image").read_bytes()[512 * (10 + number) :][:512] == data
         disk.vhost_user.pause()
+        assert [queue["position"] for queue in disk.transport.save()["queues"]] == [2, 1]  # type: ignore[attr-defined]
         disk.vhost_user.resume()
         assert transfer(disk, 0, 10)[0] == 0
         disk.write(STATUS, 0)
@@ -136,6 +143,7 @@ def test_virtiofsd(daemon: Callable[..., DaemonDriver], tmp_path: Path) -> None:
         driver.start(driver.offered() & ~EVENT_IDX)
         error, init = fuse(FUSE_INIT, struct.pack("<IIII", 7, 31, 0x20000, 0), 64)
         assert error == 0 and struct.unpack_from("<I", init)[0] == 7
+        assert "DEVICE_STATE" in driver.vhost_user.not_to_save()
         error, entry = fuse(FUSE_LOOKUP, b"file\0", 128)
         assert error == 0 and struct.unpack_from("<Q", entry, 48)[0] == 12345
         driver.write(STATUS, 0)
@@ -177,6 +185,7 @@ def test_testpmd(daemon: Callable[..., DaemonDriver], tmp_path: Path, pairs: int
         assert (answer[:6], answer[12:14], answer[20:22]) == (MAC, b"\x08\x06", b"\x00\x02")
         assert answer[28:32] == bytes((10, 0, 0, 2)) and answer[38:42] == bytes((10, 0, 0, 1))
         driver.vhost_user.pause()
+        assert driver.transport.save()["device"]["pairs"] == 1  # type: ignore[index]
         driver.vhost_user.resume()
         driver.write(STATUS, 0)
     assert driver.reported == []

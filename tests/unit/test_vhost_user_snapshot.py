@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import time
@@ -11,12 +12,26 @@ from typing import Any
 
 import pytest
 
+from stratovirt.errors import HostError
 from stratovirt.snapshot.saved import Saved, SnapshotError
+from stratovirt.vhost import user
 from stratovirt.vhost.user import BackendError
 from stratovirt.virtio import vhost_user
 from unit import vhost_user_backend as wire
 from unit.test_snapshot_devices import go_on, saved
-from unit.test_vhost_user import CAPACITY, HOSTILE, IOERR, MAC, NET_MQ, Bench, blk_config, blk_request, impatient, status_of
+from unit.test_vhost_user import (
+    CAPACITY,
+    HOSTILE,
+    IOERR,
+    MAC,
+    NET_MQ,
+    Bench,
+    blk_config,
+    blk_request,
+    impatient,
+    says,
+    status_of,
+)
 from unit.vhost_user_backend import VhostUserDriver
 from unit.virtio_driver import INTERRUPT_STATUS, VERSION_1
 
@@ -114,8 +129,96 @@ def test_an_interface_keeps_its_pairs_its_filter_and_its_cable(benches: Callable
     assert not third.vhost_user.link_up and third.vhost_user.external_queues == frozenset()
 
 
+# -- shares, whose state is the back end's
+
+
 def test_a_share_says_why_it_cannot_be_saved(benches: Callable[[], Bench]) -> None:
-    assert "DEVICE_STATE" in benches().fs().vhost_user.not_to_save()
+    bench = benches()
+    bench.backend.protocol &= ~wire.DEVICE_STATE
+    assert "it lacks VHOST_USER_PROTOCOL_F_DEVICE_STATE" in bench.fs().vhost_user.not_to_save()
+
+
+def scratch() -> int:
+    return os.memfd_create("scratch")
+
+
+def saved_share(bench: Bench, state: bytes = bytes(range(256)) * 300) -> tuple[VhostUserDriver, dict[str, Any]]:
+    bench.backend.state = state
+    driver = bench.fs()
+    driver.start(VERSION_1)
+    driver.serve()
+    driver.vhost_user.pause()
+    driver.vhost_user.fetch_state(scratch)
+    return driver, driver.transport.save()
+
+
+def restored_share(bench: Bench, state: dict[str, Any], tag: bytes = b"shared") -> VhostUserDriver:
+    other = bench.fs(tag)
+    other.device.pause()
+    other.transport.restore(Saved(state))
+    other.device.resume()
+    return other
+
+
+def test_what_a_back_end_keeps_goes_on_in_another(benches: Callable[[], Bench]) -> None:
+    driver, state = saved_share(benches())
+    assert driver.vhost_user.not_to_save() == ""
+    bench = benches()
+    other = restored_share(bench, state)
+    assert bench.backend.state == bytes(range(256)) * 300 and set(bench.backend.peer.rings) == {0, 1}
+    driver.vhost_user.resume()
+    assert driver.reported == other.reported == []
+
+
+def test_a_share_without_a_driver_has_no_state(benches: Callable[[], Bench]) -> None:
+    driver = benches().fs()
+    driver.vhost_user.pause()
+    driver.vhost_user.fetch_state(scratch)
+    state = driver.transport.save()
+    bench = benches()
+    bench.backend.protocol &= ~wire.DEVICE_STATE
+    assert not restored_share(bench, state).device.active
+
+
+@pytest.mark.parametrize("request_number", [wire.SET_DEVICE_STATE_FD, wire.CHECK_DEVICE_STATE])
+@pytest.mark.parametrize("how", [*HOSTILE, "cannot do it", "has its own"])
+def test_a_share_with_a_hostile_back_end(
+    benches: Callable[[], Bench], impatient: None, monkeypatch: pytest.MonkeyPatch, how: str, request_number: int
+) -> None:
+    monkeypatch.setattr(user, "STATE_SECONDS", 0.2)
+    if how == "has its own" and request_number == wire.CHECK_DEVICE_STATE:
+        return
+    value = 0 if how == "has its own" else 5
+    answer = HOSTILE.get(how, says(lambda request: struct.pack("=IIIQ", request, 5, 8, value)))
+    good, hostile = benches(), benches()
+    driver, state = saved_share(good)
+    hostile.backend.instead[request_number] = answer
+    with pytest.raises(BackendError):
+        saved_share(hostile)
+    driver = hostile.drivers[-1]
+    with pytest.raises(BackendError, match="is gone"):
+        driver.transport.save()
+    third = benches()
+    third.backend.instead[request_number] = answer
+    with pytest.raises(SnapshotError, match=r"^device\.state: "):
+        restored_share(third, state)
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    (lambda bench, state: state["device"].update(tag=b"other".hex()), "device.tag: the guest has seen 'other'"),
+    (lambda bench, state: setattr(bench.backend, "protocol", 0xFF), "device.state: .*cannot take it over"),
+])
+def test_a_share_that_does_not_fit(benches: Callable[[], Bench], change: Callable[..., object], problem: str) -> None:
+    _, state = saved_share(benches())
+    bench = benches()
+    change(bench, state)
+    with pytest.raises(SnapshotError, match=problem):
+        restored_share(bench, state)
+
+
+def test_a_state_that_is_too_large(benches: Callable[[], Bench]) -> None:
+    with pytest.raises(HostError, match="has a state of 8 MiB"):
+        saved_share(benches(), bytes((8 << 20) + 1))
 
 
 # -- back ends that cannot go on with it

@@ -25,8 +25,9 @@ GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE, GET_CONFIG = 15, 16, 17, 18, 24
+SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE = 42, 43
 PROTOCOL_FEATURES = 1 << 30
-MQ, REPLY_ACK, CONFIG = 1 << 0, 1 << 3, 1 << 9
+MQ, REPLY_ACK, CONFIG, DEVICE_STATE = 1 << 0, 1 << 3, 1 << 9, 1 << 19
 EVERY_PROTOCOL_FEATURE = (1 << 20) - 1
 
 Answer = Callable[["Peer", int, bytes], bool]
@@ -112,6 +113,17 @@ class Peer:
             ring = self.rings.pop(index)
             base = ring.queue._next_avail if ring.queue is not None else ring.base
             self.reply(request, struct.pack("=II", index, base))
+        elif request == SET_DEVICE_STATE_FD:
+            assert not self.rings, "rings are running"
+            direction, phase = struct.unpack("=II", payload)
+            assert phase == 0 and len(fds) == 1
+            if direction == 0:
+                os.write(fds[0], backend.state)
+            else:
+                backend.state = os.read(fds[0], 1 << 24)
+            self.reply(request, struct.pack("=Q", 1 << 8))
+        elif request == CHECK_DEVICE_STATE:
+            self.reply(request, bytes(8))
         else:
             self.take(request, payload, fds)
             return False
@@ -195,6 +207,7 @@ class FakeBackend:
         self.protocol = EVERY_PROTOCOL_FEATURE
         self.queues = 8
         self.config = bytes(60)
+        self.state = b""
         self.handle: Callable[[Chain], int] | None = lambda chain: 0
         self.instead: dict[int, Answer] = {}
         self.peers: list[Peer] = []

@@ -108,7 +108,7 @@ def _write(machine: MicroVm, accelerator: KvmAccelerator, platform: PlatformDevi
             "created": int(time.time()), "base": None, "machine": _describe(machine.config),
             "processors": accelerator.processors.save(),
             "platform": platform.save(),
-            "slots": [_save_slot(occupied) for occupied in machine.slots],
+            "slots": [_save_slot(occupied, writer) for occupied in machine.slots],
         }
         regions = machine.memory.regions
         ranges = coarsen(_changed(machine, chain)) if chain is not None else None
@@ -179,8 +179,9 @@ def _describe(config: VmConfig) -> dict[str, object]:
     }
 
 
-def _save_slot(occupied: OccupiedSlot) -> dict[str, object]:
+def _save_slot(occupied: OccupiedSlot, writer: state_file.Writer) -> dict[str, object]:
     try:
+        occupied.device.fetch_state(writer.scratch)
         state = occupied.transport.save()
     except HostError as error:
         raise SnapshotError(f"the {occupied.device.name} device {occupied.id} cannot be saved: {error}") from error

@@ -220,6 +220,17 @@ class Writer:
     def memory_fd(self) -> int:
         return self._open[MEMORY]
 
+    def scratch(self) -> int:
+        """A new file without a name, in the file system of the snapshot."""
+        path = os.path.join(self._directory, ".scratch.new")
+        try:
+            _remove(path)  # of a writer that was killed
+            fd = os.open(path, _NEW, 0o600)
+            os.unlink(path)
+        except OSError as error:
+            raise SnapshotError(f"{self._directory}: {_words(error)}") from error
+        return fd
+
     def commit(self, state: dict[str, Any], replaces_itself: bool = False) -> None:
         """Put both files in their places. Raises: SnapshotError: no snapshot is there then, or the old, or all of the new.
 

@@ -17,8 +17,10 @@ SET_PROTOCOL_FEATURES = 16
 GET_QUEUE_NUM = 17
 SET_VRING_ENABLE = 18
 GET_CONFIG = 24
+SET_DEVICE_STATE_FD = 42
+CHECK_DEVICE_STATE = 43
 
-NAMES = {number: name for name, number in globals().copy().items() if name[:4] in ("GET_", "SET_")}
+NAMES = {number: name for name, number in globals().copy().items() if name[:4] in ("GET_", "SET_", "CHEC")}
 
 # Flags of a message: the version of the protocol in the lowest two bits
 VERSION = 1
@@ -32,5 +34,6 @@ F_PROTOCOL_FEATURES = 30  # a bit among the device's features
 P_MQ = 0
 P_REPLY_ACK = 3
 P_CONFIG = 9
+P_DEVICE_STATE = 19
 
 CONFIG_MAX = 256

@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 HANDSHAKE_SECONDS = 5.0
 START_SECONDS = 3.0
 STOP_SECONDS = 5.0  # requests in flight end first
+STATE_SECONDS = 10.0  # a back end writes or reads all that it keeps for its device
 
 _HEADER = struct.Struct("=III")
 _U64 = struct.Struct("=Q")
 _STATE = struct.Struct("=II")  # struct vhost_vring_state { u32 index, num; }
 _CONFIG = struct.Struct("=III")  # u32 offset, size, flags; then the bytes
+_SAVE, _LOAD, _STOPPED = 0, 1, 0  # u32 direction, phase of SET_DEVICE_STATE_FD
+_NO_DESCRIPTOR = 1 << 8  # its answer: the one that came is used; in the lowest byte 0 for yes
 _ADDRESS_OFFSET = 1 << 40
 _MAX_REGIONS = 8
 _EAGAIN = 11
@@ -126,6 +129,28 @@ class VhostUser:
                 raise self._wrong(proto.GET_VRING_BASE, f"ring {number}, position {base}")
             positions[index] = base
         return positions
+
+    # -- what the back end keeps for itself, which only P_DEVICE_STATE shows, while no ring runs
+
+    def save_state(self, fd: int) -> None:
+        """Have it written to the file `fd`."""
+        self._move_state(_SAVE, fd)
+
+    def load_state(self, fd: int) -> None:
+        """Have it read from the file `fd`, from its position to its end."""
+        self._move_state(_LOAD, fd)
+
+    def _move_state(self, direction: int, fd: int) -> None:
+        self._until = time.monotonic() + STATE_SECONDS
+        self._send(proto.SET_DEVICE_STATE_FD, 0, _STATE.pack(direction, _STOPPED), (fd,))
+        answer = int(_U64.unpack(self._reply(proto.SET_DEVICE_STATE_FD, _U64.size))[0])
+        if answer != _NO_DESCRIPTOR:
+            what = f"error {answer & 0xFF}" if answer & 0xFF else "a descriptor of its own"
+            raise self._wrong(proto.SET_DEVICE_STATE_FD, what)
+        result = self._get_u64(proto.CHECK_DEVICE_STATE)
+        if result:
+            verb = "read" if direction == _LOAD else "write"
+            raise self._wrong(proto.CHECK_DEVICE_STATE, f"error {result}: it cannot {verb} its state")
 
     def _set_memory(self) -> None:
         """Tell all of guest RAM.

@@ -22,6 +22,7 @@ from stratovirt.loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Protocol
 
@@ -147,6 +148,12 @@ class VirtioDevice:
     def not_to_save(self) -> str:
         """Why it cannot be in a snapshot at all, "" if it can. Called before anything else of one."""
         return ""
+
+    def fetch_state(self, new_file: Callable[[], int]) -> None:
+        """For a device with its state elsewhere: get it, by way of a file without a name, from `new_file`. Before `save`.
+
+        Raises: HostError, SnapshotError.
+        """
 
     def lacks(self, features: int, _state: Saved) -> int:
         """Of the driver's `features`, which are `state`'s, those that this device cannot go on with. Raises: SnapshotError."""

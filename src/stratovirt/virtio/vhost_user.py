@@ -64,6 +64,8 @@ class VhostUserDevice(VirtioDevice):
     """Bits that the back end may bring, beside those of the rings."""
     needed_config = 0
     """How much of the config space is the back end's."""
+    wanted_protocol = 0
+    """Features of the protocol that it uses if they are there."""
     waits_for_restore = True
     needed_queues = 1
     """What the back end must have, as it counts: queues, or pairs of them."""
@@ -106,7 +108,8 @@ class VhostUserDevice(VirtioDevice):
     def _connect(self) -> VhostUser:
         """A connection to a back end that can do what this device needs. Raises: BackendError. Thread: any."""
         needed = self.needed_queues
-        connection = self._backend.connect((needed > 1) << P_MQ | bool(self.needed_config) << P_CONFIG)
+        connection = self._backend.connect(
+            (needed > 1) << P_MQ | bool(self.needed_config) << P_CONFIG | self.wanted_protocol)
         missing = ""
         if not connection.features >> F_VERSION_1 & 1:
             missing = "VIRTIO_F_VERSION_1"
