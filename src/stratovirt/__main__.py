@@ -177,6 +177,9 @@ def _run_machine(config: "VmConfig", report: "Callable[[str], None] | None", sta
         bundle.refresh()
         if sandbox is not None:
             sandbox.confine_main()
+        pages = sys.modules.get("stratovirt.launcher.pages")  # in a launcher's child
+        if pages is not None:
+            pages.GiveBack(loop)
         loop.run()
         for listener in listeners:
             listener.flush(QMP_FLUSH_SECONDS)

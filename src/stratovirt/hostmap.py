@@ -16,6 +16,7 @@ from stratovirt.errors import HostError
 PAGE_SIZE = mmap.PAGESIZE  # 4 KiB on x86_64; an arm64 host has pages of 4, 16 or 64 KiB
 HUGE_PAGE_SIZE = 2 << 20  # of x86_64, and of arm64 with pages of 4 KiB
 
+_PROT_READ = 0x1
 _PROT_READ_WRITE = 0x1 | 0x2
 _PROT_READ_EXECUTE = 0x1 | 0x4
 _MAP_SHARED = 0x01
@@ -24,6 +25,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
 _MADV_REMOVE = 9
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _M_ARENA_MAX = -8
 # Asked once, here: later a thread's filter may not let it ask.
@@ -85,6 +87,19 @@ def words_at(address: int, count: int) -> memoryview:
     """So many 32-bit words of memory that somebody else has mapped, and that stays there for as long as the view is used."""
     array = type("_Bytes", (_ctypes.Array,), {"_type_": _Byte, "_length_": 4 * count})
     return memoryview(array.from_address(address)).cast("B").cast("I")  # type: ignore[attr-defined]
+
+
+def map_readable(fd: int, length: int) -> int:
+    """Map a file that nobody will change any more, for the rest of this process's life; the address. Raises: HostError."""
+    address = _libc_mmap(_Word(0), _Word(length), _Int(_PROT_READ), _Int(_MAP_PRIVATE), _Int(fd), _Word(0))
+    if address == _MAP_FAILED:
+        raise HostError("mmap of a file", _ctypes.get_errno())
+    return int(address)
+
+
+def touch(address: int, length: int) -> None:
+    """Have all pages of a mapping in the page tables, to be read. On a kernel before Linux 5.14 they come as they are read."""
+    _libc_madvise(_Word(address), _Word(length), _Int(_MADV_POPULATE_READ))
 
 
 class HostMapping:

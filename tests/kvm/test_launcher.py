@@ -26,9 +26,9 @@ COMMAND = [sys.executable, "-IS", "-c",
 class Warm:
     """`stratovirt launcher` at a path of its own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, command: list[str] = COMMAND) -> None:
         self.path = path
-        self.process = subprocess.Popen([*COMMAND, "launcher", "--socket", str(path)], stdin=subprocess.DEVNULL,
+        self.process = subprocess.Popen([*command, "launcher", "--socket", str(path)], stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.pid = self.process.pid
         assert self.process.stderr is not None

@@ -113,12 +113,14 @@ def _fill_standard_descriptors() -> None:
 def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str], None] | None) -> None:
     """Until a signal, or until it has been idle for long enough. Raises: StratoVirtError."""
     from stratovirt.launcher import clone as _clone  # noqa: F401  # its children need it, and shall not have to import it
+    from stratovirt.launcher import pages
     from stratovirt.launcher.practice import fill_gaps, practise, rehearse
     from stratovirt.launcher.server import Launcher
     from stratovirt.launcher.templates import Templates, root_of
     from stratovirt.launcher.warm import warm_up
     from stratovirt.loop import EventLoop
 
+    pages.keep_arenas()
     warm_up()
     practise()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -133,9 +135,11 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
         loop.stop()
 
     kept = fill_gaps()
+    places = pages.find()
     # Whatever is here now stays: a collection that looked through it would copy its pages in every child.
     gc.freeze()
     gc.disable()
+    pages.share(places)
     for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, lambda _number, _frame: end())
     if report is not None:

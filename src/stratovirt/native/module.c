@@ -2,6 +2,7 @@
  *
  * A function comes here only when a benchmark has shown that it is worth it, and has a version in Python that does the same,
  * to which tests hold it. It stands in a C file with others of its kind, and in _native.pyi. Nothing here keeps state.
+ * The exception to all of this is pages.c: Python cannot do it, and without it nothing is done.
  */
 #include "native.h"
 
@@ -17,6 +18,11 @@ static PyObject *full_barrier(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(n
 
 static PyMethodDef functions[] = {
     {"full_barrier", full_barrier, METH_NOARGS, "Order all memory accesses before it before all behind it."},
+    {"keep_arenas", keep_arenas, METH_NOARGS, "From now on an arena of the interpreter is never unmapped."},
+    {"kept_arenas", kept_arenas, METH_NOARGS, "Addresses of the arenas that were made since keep_arenas."},
+    {"lay_file_over", lay_file_over, METH_VARARGS, "(fd, address, length, offset): memory becomes a private mapping of a file."},
+    {"give_back_equal", give_back_equal, METH_VARARGS,
+     "(pagemap, address, file_address, count): give back pages that equal the file's; how many."},
     {NULL, NULL, 0, NULL},
 };
 

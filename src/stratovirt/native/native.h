@@ -5,4 +5,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+/* pages.c */
+PyObject *keep_arenas(PyObject *module, PyObject *nothing);
+PyObject *kept_arenas(PyObject *module, PyObject *nothing);
+PyObject *lay_file_over(PyObject *module, PyObject *arguments);
+PyObject *give_back_equal(PyObject *module, PyObject *arguments);
+
 #endif
