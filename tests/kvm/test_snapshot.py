@@ -27,6 +27,7 @@ from stratovirt.snapshot.chain import Chain
 
 TICKS, TURNS, MARK = DATA, DATA + 4, DATA + 8
 RNG = ("-object", "rng-random,id=r0,filename=/dev/urandom", "-device", "virtio-rng-device,rng=r0,id=rng0")
+RNG_IRQ = layout.slot(6).irq
 
 
 def counter() -> bytes:
@@ -133,6 +134,22 @@ def test_memory_that_is_read(machine, snapshot, tmp_path) -> None:
     second = machine(counter(), *serial(tmp_path / "second"), *RNG, "-incoming", f"file:{directory},mapped=false")
     (directory / "memory").write_bytes(b"")  # nobody needs it any more
     second.start().run_until(lambda: second.word(TICKS) > ticks + 20)
+
+
+def test_an_interrupt_that_was_on_its_way_arrives(machine, tmp_path) -> None:
+    """By the device's registers it is pending, and the interrupt chips have not heard of it."""
+    asm = Asm().set_stack().load_idt().gate(32 + RNG_IRQ, "device").pic().store(TICKS, 0).store(MARK, 0x5EED).sti()
+    again = asm.label()
+    asm.inc(TURNS).jmp(again)
+    kernel = asm.handler("device").inc(TICKS).end_of_interrupt().kernel()
+    first = machine(kernel, *serial(tmp_path / "first"), *RNG).start()
+    first.run_until(lambda: first.word(MARK) == 0x5EED and first.word(TURNS) > 0)
+    assert first.vm.slots[0].slot.irq == RNG_IRQ
+    first.vm.snapshot(str(tmp_path / "snap"))
+    assert first.word(TICKS) == 0
+    spoil(tmp_path / "snap", lambda state: state["slots"][0].update(used_pending=True))
+    second = machine(kernel, *serial(tmp_path / "second"), *RNG, "-incoming", f"file:{tmp_path / 'snap'}").start()
+    second.run_until(lambda: second.word(TICKS) == 1)
 
 
 def connect(path: Path) -> Client:

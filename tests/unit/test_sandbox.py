@@ -16,9 +16,14 @@ import pytest
 from stratovirt.backends import tap
 from stratovirt.backends.aio_syscalls import IO_URING_ENTER, IO_URING_REGISTER, IO_URING_SETUP
 from stratovirt.backends.block_holes import BLKDISCARD
+from stratovirt.hostmap import PAGE_SIZE, HostMapping
 from stratovirt.hypervisor.kvm import _uapi as kvm
+from stratovirt.hypervisor.kvm.dirty_log import DirtyLog
+from stratovirt.hypervisor.kvm.system import KvmSystem
+from stratovirt.hypervisor.kvm.vm import KvmVm
 from stratovirt.lockdown import DISK_MODULES
 from stratovirt.machine.vcpus import KICK_SIGNAL
+from stratovirt.memory import RamRegion
 from stratovirt.sandbox import IOTHREAD, KIND_NAMES, KINDS, MAIN, VCPU, bpf, generate, kernel, report, rules
 from stratovirt.sandbox import tables_x86_64 as tables
 from stratovirt.sandbox.calls import by_number, numbers
@@ -89,6 +94,30 @@ def test_the_numbers_of_requests_are_those_the_program_uses() -> None:
     assert rules.DISK == {"BLKDISCARD": BLKDISCARD}
     assert (NUMBERS["io_uring_setup"], NUMBERS["io_uring_enter"], NUMBERS["io_uring_register"]) == (
         IO_URING_SETUP, IO_URING_ENTER, IO_URING_REGISTER)
+
+
+@pytest.mark.parametrize("table", [rules.KVM_ON_MAIN, rules.KVM_ON_MAIN_AARCH64], ids=["x86_64", "aarch64"])
+def test_counting_what_is_written_needs_nothing_that_is_not_allowed(
+    monkeypatch: pytest.MonkeyPatch, table: dict[str, int]
+) -> None:
+    asked: set[int] = set()
+
+    def ioctl(_fd: int, request: int, *_argument: object) -> int:
+        asked.add(request)
+        return kvm.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+
+    system = KvmSystem.__new__(KvmSystem)
+    system.fd = -1
+    monkeypatch.setattr(KvmSystem, "create_vm", lambda self, kind: -1)
+    monkeypatch.setattr("fcntl.ioctl", ioctl)
+    vm = KvmVm(system)
+    vm.slots = [RamRegion(0, HostMapping(PAGE_SIZE))]
+    log = DirtyLog(vm)
+    log.start()
+    log.read(0)
+    log.clear()
+    log.stop()
+    assert len(asked) == 5 and asked <= set(table.values())
 
 
 def test_names_and_numbers_of_calls() -> None:

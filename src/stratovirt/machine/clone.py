@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from stratovirt.errors import ConfigError, HostError
 from stratovirt.hostmap import HostMapping
-from stratovirt.hypervisor.kvm.vm import KvmVm
 from stratovirt.machine.board import Processors, layout
 from stratovirt.machine.kvm import KvmAhead
 from stratovirt.machine.snapshot import Incoming
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from stratovirt.config.vm import VmConfig
+    from stratovirt.hypervisor.kvm.vm import KvmVm
     from stratovirt.snapshot.chain import Chain
 
 
@@ -50,14 +50,13 @@ class CloneAhead(KvmAhead):
         self.incoming = mapped.incoming
 
     def _create_vm(self) -> KvmVm:
-        vm = KvmVm(self.system)
+        self.processors = processors = Processors(self.system, self._mapped.config)
         try:
             for region in self._mapped.regions:
-                vm.add_memory(region)
-            self.processors = Processors(self.system, self._mapped.config, vm)
-            self.processors.create_all()
-            self._mapped.incoming.prepare(self.processors)
+                processors.vm.add_memory(region)
+            processors.create_all()
+            self._mapped.incoming.prepare(processors)
         except (ConfigError, HostError):
-            vm.close()
+            processors.vm.close()
             raise
-        return vm
+        return processors.vm

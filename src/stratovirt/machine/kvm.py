@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from stratovirt.machine.boot import Boot
     from stratovirt.machine.snapshot import Incoming
 
+    class Holder(Protocol):
+        """Who holds a descriptor of KVM's."""
+
+        fd: int
+
     class InterruptLine(Protocol):
         @property
         def fd(self) -> int:
@@ -110,9 +115,9 @@ class KvmAhead:
     def _create_vm(self) -> KvmVm | None:
         return Processors.create_ahead(self.system, self._memory)
 
-    def _holders(self) -> list[KvmSystem | KvmVm | KvmVcpu]:
-        vcpus = self.processors.vcpus if self.processors is not None else []
-        return [self.system, *([] if self.vm is None else [self.vm]), *vcpus]
+    def _holders(self) -> list[Holder]:
+        made: list[Holder] = [] if self.processors is None else [*self.processors.vcpus, *self.processors.devices]
+        return [self.system, *([] if self.vm is None else [self.vm]), *made]
 
     def take_memory(self, ranges: list[tuple[int, int]]) -> list[RamRegion]:
         """What the VM has in its slots, if that is memory in `ranges`; else [], and it has none any more. Raises: HostError."""

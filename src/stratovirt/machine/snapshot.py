@@ -1,7 +1,7 @@
 """Taking a snapshot of a machine, and building a machine from one.
 
     take     checks → temporary files → pause → drained devices, processors, RAM → sync, rename; the machine stays paused
-    restore  state read and checked → RAM mapped → devices into the slots they had → all of them and the processors set
+    restore  state read and checked → RAM mapped → devices into the slots they had → processors set, then the devices
 
 What stands in the way of a snapshot leaves the machine as it was, running if it ran. What stands in the way of a restore
 ends the start with one line that names the option, or the field of the state file.
@@ -16,6 +16,7 @@ import time
 from stratovirt import log
 from stratovirt.errors import ConfigError, HostError, StateError, StratoVirtError
 from stratovirt.hostmap import ARCHITECTURE
+from stratovirt.machine import saved_platform
 from stratovirt.machine.board import layout
 from stratovirt.machine.drivers import BLOCK, NET
 from stratovirt.machine.kvm import KvmAccelerator
@@ -107,7 +108,7 @@ def _write(machine: MicroVm, accelerator: KvmAccelerator, platform: PlatformDevi
             "magic": state_file.MAGIC, "version": state_file.VERSION, "architecture": ARCHITECTURE, "id": id,
             "created": int(time.time()), "base": None, "machine": _describe(machine.config),
             "processors": accelerator.processors.save(),
-            "platform": platform.save(),
+            "platform": saved_platform.save(platform),
             "slots": [_save_slot(occupied, writer) for occupied in machine.slots],
         }
         regions = machine.memory.regions
@@ -315,6 +316,11 @@ class Incoming:
             if self._track:  # before the devices: from their start on the kernel is to log what it writes for them
                 _track(machine, accelerator, True)
                 _count_from(machine, self._id)
+            if self._processors is None:
+                self._processors = self._state.section("processors")
+            # Before the devices: to set an interrupt controller is to forget what it has been told meanwhile, and devices raise
+            # interrupts from their start on, some from threads and from the kernel.
+            accelerator.processors.restore(self._processors)
             waiting = [each.device for each in machine.slots if each.device.waits_for_restore]
             for waiting_device in waiting:
                 waiting_device.pause()
@@ -324,14 +330,11 @@ class Incoming:
                 if device.name != kind:
                     raise state.error("kind", f"{kind!a}, and the machine has {device.name} there")
                 occupied[number].transport.restore(state)
-            platform.restore(self._state.section("platform"))
-            if self._processors is None:
-                self._processors = self._state.section("processors")
-            accelerator.processors.restore(self._processors)
+            saved_platform.restore(platform, self._state.section("platform"))
             self._state.end()
             if not self._is_lent:
                 self._chain.close()
-            platform.tell_generation(machine.memory)
+            saved_platform.tell_generation(machine.vm, machine.memory)
         for waiting_device in waiting:
             waiting_device.resume()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from stratovirt.arch.aarch64 import layout
 from stratovirt.devices.pl031 import Pl031
 
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
     from stratovirt.devices.pl011 import Pl011
     from stratovirt.loop import EventLoop, Timer
     from stratovirt.machine.aarch64.processors import Wiring
-    from stratovirt.memory import GuestMemory
-    from stratovirt.snapshot.saved import Saved
 
 
 class PlatformDevices:
@@ -43,25 +39,6 @@ class PlatformDevices:
         self._mmio.claim(layout.SERIAL, layout.BOOT_TIME - layout.SERIAL, self.serial)
         self._mmio.claim(layout.BOOT_TIME, BootTime.SIZE, boot_time)
         self._mmio.claim(behind, layout.SERIAL + layout.SERIAL_SIZE - behind, Shifted(self.serial, behind - layout.SERIAL))
-
-    def save(self) -> dict[str, object]:
-        """What a snapshot keeps of them. Call it while no vCPU runs."""
-        return {"rtc": self.rtc.save(), "serial": self.serial.save() if self.serial is not None else None}
-
-    def restore(self, state: Saved) -> None:
-        """Raises: SnapshotError."""
-        self.rtc.restore(state.section("rtc"))
-        serial = state.optional_section("serial")
-        if (serial is None) != (self.serial is None):
-            raise state.error("serial", "the machine had " + ("none, and now has -serial" if serial is None else "one"))
-        if serial is not None and self.serial is not None:
-            self.serial.restore(serial)
-        state.end()
-
-    def tell_generation(self, memory: GuestMemory) -> None:
-        """The guest is another one than it was: it gets a new generation ID, and an interrupt that says so."""
-        memory.write(layout.GENERATION_ID, os.urandom(16))
-        self._vm.create_irqfd(layout.GENERATION_IRQ).trigger()
 
     def reset(self) -> None:
         """All of them, as after power-on. Thread: main, while no vCPU runs."""

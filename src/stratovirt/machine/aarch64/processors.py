@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stratovirt.hypervisor.kvm.system import KvmSystem
     from stratovirt.loop import EventLoop
     from stratovirt.machine import kvm
+    from stratovirt.machine.aarch64.saved_processors import Prepared
     from stratovirt.machine.vcpus import VcpuThreads
     from stratovirt.memory import RamRegion
     from stratovirt.snapshot.saved import Saved
@@ -46,13 +47,16 @@ class Processors:
         self._ram_size = config.memory_size
         self._pmu, self._sve, self._steal_time = config.cpu_pmu, config.cpu_sve, config.cpu_steal_time
         self._gic: Gic | None = None
+        self._prepared: Prepared | None = None
 
     @staticmethod
     def create_ahead(system: KvmSystem, memory: list[RamRegion]) -> None:
         """Nothing: the width of addresses and the GIC depend on the size of memory and the number of CPUs."""
 
     def create_interrupt_chips(self) -> str:
-        """The vCPUs and the GIC. The name of the GIC."""
+        """The vCPUs and the GIC, if they are not there yet. The name of the GIC."""
+        if self._gic is not None:
+            return self._gic.kind
         limit = self._system.check_extension(common.KVM_CAP_MAX_VCPUS)
         if self._cpus > limit:
             raise ConfigError(f"this KVM has no more than {limit} vCPUs", option="-smp", value=str(self._cpus))
@@ -112,8 +116,13 @@ class Processors:
             vcpu.init(self._target, features | (1 << uapi.KVM_ARM_VCPU_POWER_OFF if vcpu.id else 0))
 
     def create_all(self) -> None:
-        """The vCPUs and the GIC."""
+        """The vCPUs and the GIC, for `prepare`. After memory. Raises: ConfigError, HostError."""
         self.create_interrupt_chips()
+
+    @property
+    def devices(self) -> list[KvmDevice]:
+        """What has a descriptor of its own, beside the vCPUs."""
+        return self._gic.devices if self._gic is not None else []
 
     def create(self) -> None:
         """They are there already."""
@@ -132,14 +141,22 @@ class Processors:
         return saved_processors.save(self.vcpus, self._gic)
 
     def prepare(self, state: Saved) -> None:
-        """Nothing can be set ahead: the GIC wants guest memory, and the counter to be last."""
+        """The first part of `restore`, which may come long before: all but what moves on by itself. After memory.
 
-    def restore(self, state: Saved) -> None:
-        """Go on from what `save` gave. Call it after `create`, before any vCPU runs. Raises: SnapshotError, HostError."""
+        Raises: SnapshotError, HostError.
+        """
         from stratovirt.machine.aarch64 import saved_processors
 
         assert self._gic is not None
-        saved_processors.restore(self.vcpus, self._gic, state)
+        self._prepared = saved_processors.prepare(self.vcpus, self._gic, state)
+
+    def restore(self, state: Saved) -> None:
+        """Go on from what `save` gave. Call it after `create`, before any vCPU runs. Raises: SnapshotError, HostError."""
+        if self._prepared is None:
+            self.prepare(state)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.finish()
 
     def watch(self, loop: EventLoop, threads: VcpuThreads, is_running: Callable[[], bool], on_dead: Callable[[], None]) -> None:
         """There is nothing to watch: kernels switch off with PSCI, and KVM says so."""
@@ -169,6 +186,10 @@ class Gic:
             self.its = vm.create_device("GICv3 ITS", uapi.KVM_DEV_TYPE_ARM_VGIC_ITS)
             self.its.set_u64(address, uapi.KVM_VGIC_ITS_ADDR_TYPE, layout.GIC_ITS)
             self.its.set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT)
+
+    @property
+    def devices(self) -> list[KvmDevice]:
+        return [self.device, *([] if self.its is None else [self.its])]
 
     def reset(self) -> None:
         """Every register as in a GIC that was just made. Call it while no vCPU runs."""

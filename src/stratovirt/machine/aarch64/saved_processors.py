@@ -4,7 +4,8 @@ Facts about KVM that this rests on:
 - A list of registers has all of a vCPU but its multiprocessor state and pending SError, the timers included. What describes
   the processor is in it, too: it is not written but compared, by writing it, for KVM refuses to change it.
 - The counters are the whole machine's: to write one says how far it is from the host's, for every vCPU. So they come last,
-  once, with what was read first. The guest's time goes on where it stood.
+  once, with what was read first. The guest's time goes on where it stood, and the timers, whose values are compared with the
+  counters, ring when they would have.
 - The lengths of vectors (SVE) are settled before the vCPUs get here.
 The time of day is the PL031's, and that is the host's.
 """
@@ -44,8 +45,26 @@ def _is_counter(number: int) -> bool:
     return number in registers.TIMER_COUNTERS
 
 
-def restore(vcpus: list[Arm64Vcpu], gic: Gic, state: Saved) -> None:
-    """Raises: SnapshotError when the state is not one, or of processors that this host has not; HostError."""
+class Prepared:
+    """Processors that are restored but for what moves on by itself: the machine's counters."""
+
+    __slots__ = ("_counters", "_vcpu")
+
+    def __init__(self, vcpu: Arm64Vcpu, counters: dict[int, int]) -> None:
+        self._vcpu = vcpu
+        self._counters = counters
+
+    def finish(self) -> None:
+        """Right before the guest goes on. Raises: HostError."""
+        for number, value in self._counters.items():
+            self._vcpu.set_register(number, value)
+
+
+def prepare(vcpus: list[Arm64Vcpu], gic: Gic, state: Saved) -> Prepared:
+    """Guest memory is there already: the ITS has tables in it.
+
+    Raises: SnapshotError when the state is not one, or of processors that this host has not; HostError.
+    """
     sections, gic_state = state.sections("vcpus"), state.section("gic")
     state.end()
     if len(sections) != len(vcpus):
@@ -54,8 +73,7 @@ def restore(vcpus: list[Arm64Vcpu], gic: Gic, state: Saved) -> None:
     for vcpu, section in zip(vcpus, sections, strict=True):
         _restore_vcpu(vcpu, section, counters)
     saved_gic.restore(gic, gic_state)
-    for number, value in counters.items():
-        vcpus[0].set_register(number, value)
+    return Prepared(vcpus[0], counters)
 
 
 def _restore_vcpu(vcpu: Arm64Vcpu, state: Saved, counters: dict[int, int]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import posix
-
 from stratovirt.arch.x86_64 import layout
 from stratovirt.devices.cmos_rtc import CmosRtc
 from stratovirt.devices.i8042 import I8042
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from stratovirt.devices.serial import Serial
     from stratovirt.loop import EventLoop
     from stratovirt.machine.kvm import Wiring
-    from stratovirt.memory import GuestMemory
-    from stratovirt.snapshot.saved import Saved
 
 _CMOS_PORT, _KEYBOARD_DATA_PORT = 0x70, 0x60
 
@@ -47,25 +43,6 @@ class PlatformDevices:
 
         self.serial = Serial(self._vm.create_irqfd(layout.SERIAL_IRQ), chardev, on_boot_time)
         self._ports.claim(layout.SERIAL_PORT, layout.SERIAL_PORTS, self.serial)
-
-    def save(self) -> dict[str, object]:
-        """What a snapshot keeps of them. Call it while no vCPU runs."""
-        return {"rtc": self.rtc.save(), "serial": self.serial.save() if self.serial is not None else None}
-
-    def restore(self, state: Saved) -> None:
-        """Raises: SnapshotError."""
-        self.rtc.restore(state.section("rtc"))
-        serial = state.optional_section("serial")
-        if (serial is None) != (self.serial is None):
-            raise state.error("serial", "the machine had " + ("none, and now has -serial" if serial is None else "one"))
-        if serial is not None and self.serial is not None:
-            self.serial.restore(serial)
-        state.end()
-
-    def tell_generation(self, memory: GuestMemory) -> None:
-        """The guest is another one than it was: it gets a new generation ID, and an interrupt that says so."""
-        memory.write(layout.GENERATION_ID, posix.urandom(16))
-        self._vm.create_irqfd(layout.GENERATION_IRQ).trigger()
 
     def reset(self) -> None:
         """All of them, as after power-on. Thread: main, while no vCPU runs."""

@@ -69,6 +69,11 @@ class Processors:
         _create_chips(self.vm)
         self.create()
 
+    @property
+    def devices(self) -> list[KvmVm]:
+        """What has a descriptor of its own, beside the vCPUs: nothing."""
+        return []
+
     def create(self) -> None:
         """The vCPUs: the first is runnable, the others wait for their start-up IPI."""
         if self._prepared is None:
