@@ -27,6 +27,8 @@ from unit.virtio_driver import (
     GuestQueue,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SECTORS = 64
 KINDS = ("block", "block-readonly", "rng", "rng-limited", "net", "net-pairs")
 

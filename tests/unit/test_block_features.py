@@ -24,6 +24,8 @@ from stratovirt.virtio.block import VirtioBlock
 from unit.virtio_devices import SECTOR, FakeClock, disk_content
 from unit.virtio_driver import CONFIG, DATA, INTERRUPT_STATUS, NEEDS_RESET, RAM_SIZE, VERSION_1, Driver
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPPORTED = 0, 1, 2
 F_BLK_SIZE, F_TOPOLOGY, F_MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 6, 1 << 10, 1 << 12, 1 << 13, 1 << 14

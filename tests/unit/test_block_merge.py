@@ -35,6 +35,8 @@ from unit.test_block_features import (
 from unit.virtio_devices import SECTOR, disk_content
 from unit.virtio_driver import NEEDS_RESET, VERSION_1
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 KINDS = [pytest.param("off"), *ENGINES]
 
 
@@ -57,6 +59,7 @@ def seen_disk(folder: Path, engine: str = "off", **options: object) -> tuple[Dis
     return disk, disk.image.seen
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("engine", ["off", "threads"])
 def test_neighbours_are_one_transfer_in_whatever_order_they_come(tmp_path: Path, engine: str) -> None:
     disk, seen = seen_disk(tmp_path, engine)
@@ -78,6 +81,7 @@ def test_neighbours_are_one_transfer_in_whatever_order_they_come(tmp_path: Path,
     disk.close()
 
 
+@pytest.mark.reference
 def test_another_kind_in_between_keeps_its_place(tmp_path: Path) -> None:
     """Not that it must: but what a driver has asked for in an order is done in that order where that costs nothing."""
     disk, seen = seen_disk(tmp_path)
@@ -90,6 +94,7 @@ def test_another_kind_in_between_keeps_its_place(tmp_path: Path) -> None:
     disk.close()
 
 
+@pytest.mark.reference
 def test_a_transfer_is_of_limited_size(tmp_path: Path) -> None:
     disk, seen = seen_disk(tmp_path)
     for number in range(3 * MAX_MERGED // 2):

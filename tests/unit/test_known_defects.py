@@ -50,6 +50,8 @@ from unit.virtio_driver import (
     guest_memory,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 @pytest.fixture
 def disk(tmp_path: Path):
@@ -138,6 +140,7 @@ def test_known_defect_04_serial_input_is_bounded() -> None:
     assert taken == sent
 
 
+@pytest.mark.reference
 def test_known_defect_06_reset_waits_for_the_request_in_flight(disk: BlockDriver) -> None:
     """A reset from a vCPU while the loop is in the middle of a read returns only when the buffer is no longer used."""
     inside, go_on, order = threading.Event(), threading.Event(), []
@@ -290,6 +293,7 @@ def test_known_defect_11_every_register_width_and_value(tmp_path: Path) -> None:
     driver.close()
 
 
+@pytest.mark.reference
 def test_known_defect_13_no_more_requests_than_the_queue_holds(disk: BlockDriver) -> None:
     """A driver that makes the same head available for ever gets at most a queue's worth of work each turn."""
     queue = disk.start(size=8)
@@ -450,6 +454,7 @@ def test_known_defect_22_a_block_header_is_copied_before_it_is_judged(disk: Bloc
     assert disk.memory.read(DATA + 0x1000, 1) == b"\0"
 
 
+@pytest.mark.reference
 def test_known_defect_23_a_device_is_not_entered_twice(disk: BlockDriver) -> None:
     """Two threads with the same notification: one works, the other waits."""
     inside = 0

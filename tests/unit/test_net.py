@@ -18,6 +18,8 @@ from unit import virtio_driver as vd
 from unit.virtio_devices import NetDriver
 from unit.virtio_driver import GuestQueue
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 MAC = bytes.fromhex("525400123456")
 OTHER = bytes.fromhex("020000000001")
 BROADCAST = b"\xff" * 6
@@ -157,6 +159,7 @@ def test_a_large_frame_fills_several_buffers_and_says_how_many(net: Interface) -
     assert net.memory.read(addresses[3], 112) == HEADER.pack(0, 0, 0, 0, 0, 0, 1) + frame(100)
 
 
+@pytest.mark.reference
 def test_defect_14_the_header_is_complete_before_any_buffer_is_given_back(net: Interface) -> None:
     net.start()
     (address, *_) = net.post([100] * 8)
@@ -583,6 +586,7 @@ def test_a_cable_can_be_pulled_and_put_back(net: Interface) -> None:
     assert (net.driver.read(vd.CONFIG + 6, 2), net.rx.collect()) == (1, [(0, 72)])
 
 
+@pytest.mark.reference
 def test_errors_of_the_tap_cost_frames_not_the_device(net: Interface) -> None:
     net.start()
 
@@ -598,6 +602,7 @@ def test_errors_of_the_tap_cost_frames_not_the_device(net: Interface) -> None:
     assert len(net.errors) == 1
 
 
+@pytest.mark.reference
 def test_a_tap_that_cannot_be_read_does_not_keep_the_loop_busy(net: Interface) -> None:
     net.start()
     (address,) = net.post([1500])

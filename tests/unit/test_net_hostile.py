@@ -10,6 +10,8 @@ from stratovirt.virtio.net import CTRL, RX, TX
 from unit import virtio_driver as vd
 from unit.test_net import Interface, frame
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 ROUNDS = 60
 
 

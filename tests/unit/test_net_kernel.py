@@ -23,6 +23,8 @@ from stratovirt.loop import READ, EventLoop
 from stratovirt.virtio.net import RX, TX, VirtioNet
 from unit import virtio_driver as vd
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 MAC = "52:54:00:12:34:56"
 HOST, GUEST = "10.78.0.1", "10.78.0.2"
 OURS, THEIRS = f"svth{os.getpid() % 100_000}", f"svtg{os.getpid() % 100_000}"

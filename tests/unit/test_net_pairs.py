@@ -51,6 +51,8 @@ from unit.virtio_driver import (
     guest_memory,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 MAC = bytes.fromhex("525400123456")
 MQ, MERGEABLE = 1 << 22, 1 << 15
 GET_VRING_BASE, SET_BACKEND = 3 << 30 | 8 << 16 | 0xAF12, 1 << 30 | 8 << 16 | 0xAF30

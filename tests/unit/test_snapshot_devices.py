@@ -30,6 +30,8 @@ from unit.virtio_driver import (
     guest_memory,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 class BalloonDriver(Driver):
     def __init__(self) -> None:

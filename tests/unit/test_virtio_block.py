@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from unit.virtio_devices import SECTOR, BlockDriver, disk_content
 from unit.virtio_driver import CONFIG, DATA, EVENT_IDX, NEEDS_RESET, VERSION_1
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
 OK, IOERR, UNSUPPORTED = 0, 1, 2
 F_RO, F_FLUSH = 1 << 5, 1 << 9

@@ -43,6 +43,8 @@ from unit.virtio_driver import (
     GuestQueue,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 FACTORIES = ("block", "block-readonly", "net", "net-pairs", "rng", "rng-limited")
 
 

@@ -4,10 +4,10 @@
  * to which tests hold it. It stands in a C file with others of its kind, and in _native.pyi. Nothing here keeps state.
  * The exception to all of this is pages.c: Python cannot do it, and without it nothing is done.
  */
-#include "native.h"
+#include "rings.h"
 
 /* Must be INTERFACE of __init__.py. Count up when a function, its arguments or its result change. */
-#define INTERFACE 1
+#define INTERFACE 3
 
 static PyObject *full_barrier(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(nothing))
 {
@@ -28,7 +28,7 @@ static PyMethodDef functions[] = {
 
 static int set_up(PyObject *module)
 {
-    return PyModule_AddIntConstant(module, "INTERFACE", INTERFACE);
+    return PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) ? -1 : rings_set_up(module);
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -121,6 +121,15 @@ class ReceiveFilter:
             return False
         return all_unicast or destination == self.mac or self._unicast is None or destination in self._unicast
 
+    @property
+    def plain_mac(self) -> bytes | None:
+        """Frames for this address that have no VLAN tag are wanted; b"": all frames are; None: there is no such address. For
+        compiled code, which asks `accepts` about all others.
+        """
+        if self._everything:
+            return b""
+        return None if self._modes[RX_NOUNI] or self.mac[0] & 1 else self.mac
+
     # -- commands
 
     def answer(self, name: str, chain: Chain, set_pairs: Callable[[int, bytes], bool]) -> int:

@@ -14,6 +14,7 @@ from _thread import allocate_lock
 from stratovirt.backends.tap import TapGoneError
 from stratovirt.errors import GuestError, HostError
 from stratovirt.loop import ERROR, HANGUP, READ, EventLoop
+from stratovirt.native import HOPELESS, ODD, SHORT
 from stratovirt.virtio.net_filter import HEAD_SIZE
 from stratovirt.virtio.net_header import HEADER_SIZE, MAX_FRAME, NUM_BUFFERS_AT
 from stratovirt.virtio.queue import Chain, Virtqueue, split
@@ -22,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from stratovirt.backends.tap import Tap
     from stratovirt.loop import Timer
+    from stratovirt.native._native import Ring
     from stratovirt.virtio.net import VirtioNet
 
 # Frames in one turn. With segmentation offload a frame is up to 64 KiB, and others on the loop wait meanwhile.
@@ -127,6 +129,12 @@ class Receiver:
         if self._tap is None or not self._device.link_up:
             self._watch(False)
             return
+        ring = queue.ring
+        if ring is not None and self._put_back(queue):
+            why = self._receive_compiled(ring, queue, self._tap)
+            if why != ODD:
+                self._watch(why != SHORT and self._retry is None)
+                return
         go_on = True
         for _ in range(RX_BATCH):
             self._take_buffers(queue, self._held or self._wanted)
@@ -143,6 +151,29 @@ class Receiver:
             if length <= self._room:
                 self._deliver(queue, length)
         self._watch(go_on and self._retry is None)
+
+    def _put_back(self, queue: Virtqueue) -> bool:
+        """Leave the chains at hand to compiled code, which has none from one turn to the next; not with a frame in them."""
+        if self._held and self.chains:
+            return False
+        queue.unpop(len(self.chains))
+        self.chains, self._views, self._room = [], [], 0
+        return True
+
+    def _receive_compiled(self, ring: Ring, queue: Virtqueue, tap: Tap) -> int:
+        """Have compiled code receive frames; why it ended. A frame that it holds is in `_spill`, all of it."""
+        receive_filter = self._device.filter
+        queue.disable_notifications()
+        left = RX_BATCH
+        while True:
+            used, self._held, left, why = ring.receive_frames(
+                tap.fd, *queue.positions, self._mergeable, self._wanted, self._spill, self._held, receive_filter.plain_mac,
+                receive_filter.accepts, left)
+            queue.advance(used)
+            self._direct = 0
+            if why != HOPELESS:
+                return why
+            self._report_too_large()
 
     def _take_buffers(self, queue: Virtqueue, wanted: int) -> None:
         """Pop chains until there is room for `wanted` bytes; without mergeable buffers a frame has one chain and no more."""
@@ -167,9 +198,12 @@ class Receiver:
     def _is_hopeless(self, queue: Virtqueue) -> bool:
         """The frame at hand is larger than what the driver can ever make available."""
         if self.chains and (not self._mergeable or len(self.chains) >= queue.size):
-            self._device.report(GuestError(self._device.name, "dropped a frame that is larger than the driver's buffers"))
+            self._report_too_large()
             return True
         return False
+
+    def _report_too_large(self) -> None:
+        self._device.report(GuestError(self._device.name, "dropped a frame that is larger than the driver's buffers"))
 
     def _read_frame(self) -> int:
         """The next frame that the driver wants, into the buffers at hand; its length with the header, 0 without one."""

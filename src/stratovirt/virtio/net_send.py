@@ -13,6 +13,7 @@ from _thread import allocate_lock
 from stratovirt.backends.tap import TapGoneError
 from stratovirt.errors import GuestError, HostError
 from stratovirt.loop import WRITE, EventLoop
+from stratovirt.native import FULL
 from stratovirt.virtio.net_header import HEADER_SIZE, HeaderError, checked
 from stratovirt.virtio.queue import Chain, Virtqueue, split
 
@@ -68,7 +69,19 @@ class Sender:
         """True: chains may be left, come again."""
         queue.disable_notifications()
         self._unwatch()
-        for _ in range(TX_BATCH):
+        left = TX_BATCH
+        while left > 0:
+            left -= 1
+            ring = queue.ring if self._waiting is None and self._device.link_up else None
+            if ring is not None:
+                sent, why = ring.send_frames(self.tap.fd, *queue.positions, self._device.driver_features, left + 1)
+                queue.advance(sent)
+                left -= sent
+                if why == FULL:
+                    self._watch()
+                    return False
+                if left < 0:
+                    return True
             chain = self._waiting or queue.pop()
             if chain is None:
                 if not queue.enable_notifications():

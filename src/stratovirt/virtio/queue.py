@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from stratovirt.memory import GuestMemory
+    from stratovirt.native._native import Ring
 
     Outstanding: TypeAlias = Callable[[int, int, int, Callable[[int], int], Callable[[int], int]], list[int]]
 
@@ -40,6 +41,7 @@ USED_F_NO_NOTIFY = 1
 
 DESC_SIZE = 16
 MAX_CHAIN_BYTES = 1 << 32
+MAX_REGIONS = 8  # of RAM, that compiled code keeps
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 _THREE = struct.Struct("<QIHHQIHHQIHH")
@@ -103,7 +105,7 @@ class Virtqueue:
 
     __slots__ = (
         "_avail16", "_avail_index", "_desc_base", "_desc_ram", "_event_idx", "_indirect", "_last_signalled", "_memory",
-        "_next_avail", "_next_used", "_used16", "_used32", "_used_index", "_used_offset", "_used_ram", "avail_ring",
+        "_next_avail", "_next_used", "_ring", "_used16", "_used32", "_used_index", "_used_offset", "_used_ram", "avail_ring",
         "descriptor_table", "name", "size", "used_ring",
     )
 
@@ -131,6 +133,9 @@ class Virtqueue:
         self._next_avail = 0
         self._next_used = 0
         self._last_signalled = 0
+        self._ring = None if compiled is None or len(memory.regions) > MAX_REGIONS else compiled.Ring(
+            size, descriptor_table, avail_ring, used_ring, event_idx, indirect,
+            [(region.base, region.u8) for region in memory.regions])
 
     @property
     def used_size(self) -> int:
@@ -183,6 +188,23 @@ class Virtqueue:
                 raise self._broken(f"the available ring names descriptor {number} of {self.size}", "2.7.6")
             chains.append(self._walk(number))
         return chains
+
+    # -- for compiled code, which takes chains and returns them at once
+
+    @property
+    def ring(self) -> Ring | None:
+        """The queue as compiled code sees it; None when there is none, or when somebody counts what is written to memory."""
+        return self._ring if self._memory.tracker is None else None
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Where the next chain is taken, and where it will be returned."""
+        return self._next_avail, self._next_used
+
+    def advance(self, count: int) -> None:
+        """So many chains were taken and returned."""
+        self._next_avail = (self._next_avail + count) & 0xFFFF
+        self._next_used = (self._next_used + count) & 0xFFFF
 
     # -- from the driver
 
