@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from stratovirt.snapshot.chain import Ranges
     from stratovirt.virtio.device import VirtioDevice
 
+# On aarch64 pages were missing from a snapshot that was counted, once in fourteen, and it is not known whose fault that was.
+_COUNTED_ON = ("x86_64",)
 _EMPTY_KINDS = {"virtio-blk": BLOCK, "virtio-net": NET}  # devices that wait in replaceable slots, by their names
 
 
@@ -135,7 +137,9 @@ def _changed(machine: MicroVm, chain: Chain) -> Ranges:
 
 def _track(machine: MicroVm, accelerator: KvmAccelerator, wanted: bool | None) -> None:
     """Have what is written counted from here on, or not any more. Raises: HostError."""
-    if wanted:
+    if wanted and ARCHITECTURE not in _COUNTED_ON:
+        log.info(f"what is written is not counted on {ARCHITECTURE}: the next incremental snapshot compares memory")
+    elif wanted:
         if machine.dirty is None:
             from stratovirt.hypervisor.kvm.dirty_log import DirtyLog
 
