@@ -45,6 +45,9 @@ EXIT_LAB_FAILED = 125
 # which sleeps on although an interrupt waits. The next one wakes it. So the host keeps a periodic tick: the APIC's timer in
 # periodic mode comes again by itself, whatever was lost before, where a one-shot timer waits to be armed by the very
 # handler that never ran. (Not with --icount, where everything runs on the processor's own thread.)
+# A second defect of it has no such remedy: it keeps the vector of an interrupt that KVM has injected as if it were an exception
+# still to be raised, and raises it when it leaves its loop for a timer before the guest has left next: a second time, with
+# interrupts disabled, too. Now and then a guest waits for ever for a lock that it holds itself (benches/spinning.py).
 PERIODIC_TICK = "nohz=off highres=off"
 # The lab host is up in 3 s (10 with --icount); one that is not up after this long never will be.
 BOOT_SECONDS = 120.0

@@ -1,4 +1,4 @@
-"""Starts `stratovirt` with a profiler on its main loop: which functions a frame's way through this process is made of.
+"""Starts `stratovirt` with a profiler on its main loop: which functions the way of a request or a frame is made of.
 
 Started with a bare interpreter; arguments: the source directory, a file for the result, then those of `stratovirt`. At SIGUSR1
 the counting starts anew; at SIGUSR2 it is written down, a line for each function: calls, ns in the function itself, its name.
@@ -17,6 +17,7 @@ def main() -> None:
     import signal
     import time
     from _lsprof import Profiler
+    from _thread import get_ident
 
     import stratovirt.loop
     from stratovirt import __main__ as program
@@ -37,12 +38,13 @@ def main() -> None:
             file.writelines(lines)
         os.rename(f"{target}.new", target)
 
-    run = stratovirt.loop.EventLoop.run
+    run, main_thread = stratovirt.loop.EventLoop.run, get_ident()
 
     def profiled(self: stratovirt.loop.EventLoop) -> None:
-        signal.signal(signal.SIGUSR1, begin)
-        signal.signal(signal.SIGUSR2, write)
-        profiler.enable()
+        if get_ident() == main_thread:
+            signal.signal(signal.SIGUSR1, begin)
+            signal.signal(signal.SIGUSR2, write)
+            profiler.enable()
         run(self)
 
     stratovirt.loop.EventLoop.run = profiled  # type: ignore[method-assign]
