@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -318,6 +320,79 @@ def test_a_killed_spare_is_replaced(launcher) -> None:
         until(lambda spare=spare: not Path(f"/proc/{spare}/fd/0").exists(), "it is still there")
         assert Client(launcher, "4").end() == 4 << 8
         until(lambda: launcher.machines() == 0, "no spare, or a machine too many")
+
+
+def spare_of(launcher: LauncherProcess) -> int:
+    (spare,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return int(spare)
+
+
+def asked(launcher: LauncherProcess, *words: str) -> _socket.socket:
+    """The connection over which a machine was asked for."""
+    connection = launcher.connect()
+    client.request(connection, list(words))
+    return connection
+
+
+@pytest.mark.parametrize("kill_first", [False, True])
+def test_a_spare_that_is_killed_with_its_request_leaves_it_to_another(launcher, kill_first) -> None:
+    """Whichever the launcher sees first, the request or the death of the child that it is for."""
+    for number in range(3):
+        spare = spare_of(launcher)
+        os.kill(spare, signal.SIGSTOP)
+        if kill_first:
+            os.kill(launcher.pid, signal.SIGSTOP)
+        one: list[Client] = []
+        asking = threading.Thread(target=lambda one=one: one.append(Client(launcher, "tell", "stay", "0")))
+        asking.start()
+        if kill_first:
+            os.kill(spare, signal.SIGKILL)
+            os.kill(launcher.pid, signal.SIGCONT)
+        else:
+            time.sleep(0.1)
+            assert not one, "nothing is told yet, for nobody has taken it"
+            os.kill(spare, signal.SIGKILL)
+        asking.join(DEADLINE)
+        (machine,) = one
+        told = machine.read().decode()
+        assert told.count('"argv"') == 1 and f'"pid": {spare},' not in told
+        until(lambda: launcher.machines() == 1, "not one machine and a spare")
+        signal.pidfd_send_signal(machine.pidfd, signal.SIGTERM)
+        assert machine.end() == signal.SIGTERM
+        until(lambda: launcher.machines() == 0, f"{number}: something is left")
+
+
+def test_a_machine_that_is_killed_at_once_is_not_made_again(launcher) -> None:
+    one = Client(launcher, "write=1", "signal=9", "0")
+    assert one.read() == b"here"
+    output = os.dup(one.output)
+    assert one.end() == signal.SIGKILL
+    assert os.read(output, 100) == b"", "and no second one has written"
+    os.close(output)
+
+
+def test_spare_after_spare_is_killed(make) -> None:
+    launcher = make("HAND_OVERS=1")
+    spare = spare_of(launcher)
+    os.kill(spare, signal.SIGSTOP)
+    connection = asked(launcher, "4")
+    time.sleep(0.1)
+    os.kill(spare, signal.SIGKILL)
+    assert connection.recv(100) == b"error no process could be made for the machine"
+    connection.close()
+    assert Client(launcher, "4").end() == 4 << 8
+
+
+def test_a_launcher_that_ends_says_whether_there_is_a_machine(make) -> None:
+    launcher = make("_LAST_WORD_SECONDS=0.1")
+    spare = spare_of(launcher)
+    os.kill(spare, signal.SIGSTOP)
+    connection = asked(launcher, "4")
+    time.sleep(0.1)
+    assert launcher.close() == 0
+    os.kill(spare, signal.SIGCONT)
+    assert connection.recv(100) == b"", "there is none: nobody could have said so"
+    connection.close()
 
 
 def test_the_spare_ends_with_the_launcher(make) -> None:

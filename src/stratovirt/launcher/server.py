@@ -1,11 +1,12 @@
 """The launcher: takes requests for machines and forks a process for each.
 
-    connected -> asked -> handed over -> ended   refused, or too slow: an "error" answer, and the connection is closed
+    connected -> asked -> handed over -> taken -> ended   refused, or too slow: an "error" answer, and the connection is closed
 
 One child is always forked ahead of its request: the spare. It has left the launcher, has been through what a machine's start
 goes through as far as it is the same for all, has a VM of KVM, and waits at a socket for a request, which makes it a machine.
 So the fork, most of the first writes to shared pages, and most of what KVM takes its time for, are over when the request
-comes. The launcher's end is the spare's.
+comes. The launcher's end is the spare's. A spare says that it has taken the request before it does anything for it: of one that
+ends without having said so nobody has seen anything, and another gets the request. So there is one machine, or an error.
 
 A clone is such a machine, forked for its template: its spare has the template's memory mapped and its processors restored.
 There is one for the template that was made or used last; clones of others, and the second of several at once, wait for a fork.
@@ -24,6 +25,7 @@ import _socket
 import gc
 import json
 import os
+import select
 import struct
 
 from stratovirt import log
@@ -31,7 +33,7 @@ from stratovirt.errors import StratoVirtError
 from stratovirt.launcher import wire
 from stratovirt.launcher.child import RESET_SIGNALS, Attachment
 from stratovirt.launcher.request import CLONE, RUN, TEMPLATE, RequestError, read_request, with_arguments
-from stratovirt.launcher.spare import ROOM_FOR_RIGHTS, Makers, Spare, become_machine, rehearse_request
+from stratovirt.launcher.spare import ROOM_FOR_RIGHTS, HandOver, Makers, Spare, become_machine, rehearse_request
 from stratovirt.launcher.spare import descriptors_of as _descriptors
 from stratovirt.loop import READ, EventLoop
 
@@ -52,6 +54,8 @@ else:
 REQUEST_SECONDS = 5.0
 MAX_SILENT = 64
 SPARE_SECONDS = 0.005
+HAND_OVERS = 3  # of one request, if spare after spare is killed
+_LAST_WORD_SECONDS = 2.0
 _ACCEPTED_AT_ONCE = 16
 
 
@@ -86,6 +90,7 @@ class Launcher:
         self._user = os.geteuid()
         self._silent: dict[int, tuple[_socket.socket, Timer]] = {}  # connections whose request has not come, oldest first
         self._machines: dict[int, int] = {}  # process id -> connection
+        self._handed: dict[int, HandOver] = {}  # by process id
         self._buffer = bytearray(wire.MAX_REQUEST + 1)
         self._view = memoryview(self._buffer)
         listener.setblocking(False)
@@ -183,28 +188,30 @@ class Launcher:
             request = read_request(message, received, self._soft_limit)
             if request.kind == RUN:
                 self._last = request.arguments
-            self._carry_out(request, message, received, connection)
+            if self._carry_out(request, message, received, connection):
+                return True
         except (RequestError, StratoVirtError) as error:
             _refuse(connection, str(error))
         _close_all(received)
         return True
 
-    def _carry_out(self, request: Request, message: bytes, received: list[int], connection: _socket.socket) -> None:
-        """Raises: RequestError, StratoVirtError."""
+    def _carry_out(self, request: Request, message: bytes, received: list[int], connection: _socket.socket) -> bool:
+        """True: it was handed over, and what was received with it. Raises: RequestError, StratoVirtError."""
         if request.kind == TEMPLATE:
             created = request.arguments[:1] == ["create"]
             self._answer(connection, self._known_templates().command(request.arguments), created)
-            return
+            return False
         template, clone = None, None
         if request.kind == CLONE:
             template, clone = self._known_templates().allot(request.arguments)
             message = with_arguments(message, clone.words())
             if len(message) > wire.MAX_REQUEST:
                 raise RequestError(f"the request is longer than {wire.MAX_REQUEST} bytes")
-        if not self._hand_over(message, received, connection, template, clone):
+        if not self._hand_over(message, received, connection, template, clone, HAND_OVERS):
             raise RequestError("no process could be made for the machine")
         # For the next, when this machine has had time to start: until then they would take processors from each other.
         self._loop.call_later(SPARE_SECONDS, lambda: self._make_spare(template))
+        return True
 
     # -- templates
 
@@ -238,10 +245,11 @@ class Launcher:
             spare, self._spare = self._spare, None
         return spare
 
-    def _hand_over(self, request: bytes, received: list[int], connection: _socket.socket, template: Template | None = None,
-                   clone: Identity | None = None) -> bool:
-        """Make the spare child the machine of `request`, and say so."""
-        for _ in range(2):  # a spare may have been killed
+    def _hand_over(self, request: bytes, received: list[int], connection: _socket.socket, template: Template | None,
+                   clone: Identity | None, attempts: int) -> bool:
+        """Give the request to the spare child; True: it is to say that it has taken it. `attempts` are all that may be made."""
+        while attempts > 0:
+            attempts -= 1
             spare = self._take_spare(template)
             if spare is None:
                 return False
@@ -252,17 +260,56 @@ class Launcher:
                 log.warn(f"the process that was ready for the next machine is gone: {error.strerror}")
                 spare.close()
                 continue
-            if clone is not None and self._templates is not None:
-                self._templates.begun(spare.pid, clone)
-                _send(connection, b"clone " + json.dumps(clone.describe()).encode())
-            _send(connection, b"pid %d" % spare.pid, [spare.pidfd])  # if it has gone, the machine learns it by itself
-            spare.close()
-            self._machines[spare.pid] = connection.detach()
-            if self._idle_timer is not None:
-                self._idle_timer.cancel()
-                self._idle_timer = None
+            self._await_taken(HandOver(spare, request, received, connection, clone, attempts))
             return True
         return False
+
+    def _await_taken(self, handed: HandOver) -> None:
+        pid = handed.spare.pid
+        self._handed[pid] = handed
+        self._loop.add(handed.spare.socket.fileno(), READ, lambda _events: self._on_word(pid))
+        if handed.clone is not None:
+            self._known_templates().begun(pid, handed.clone)  # nobody else gets what it has of its own
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _on_word(self, pid: int) -> None:
+        """A spare has something to say, or has ended."""
+        handed = self._handed.get(pid)
+        taken = handed.is_taken() if handed is not None else None
+        if taken is not None:
+            self._settle(pid, taken)
+
+    def _settle(self, pid: int, taken: bool) -> None:
+        """A spare has taken its request, and there is a machine; or it has ended before that, and another gets the request."""
+        handed = self._handed.pop(pid)
+        spare, connection, clone = handed.spare, handed.connection, handed.clone
+        self._loop.remove(spare.socket.fileno())
+        if taken:
+            if clone is not None:
+                _send(connection, b"clone " + json.dumps(clone.describe()).encode())
+            _send(connection, b"pid %d" % pid, [spare.pidfd])  # if it has gone, the machine learns it by itself
+            self._machines[pid] = connection.detach()
+        spare.close()
+        if not taken:
+            log.warn("the process that was to be a machine has ended before it was one")
+            if clone is not None:
+                self._known_templates().ended(pid)
+            if not self._closed and self._hand_over(handed.request, handed.received, connection, spare.template, clone,
+                                                    handed.attempts):
+                self._loop.call_later(SPARE_SECONDS, lambda: self._make_spare(spare.template))
+                return
+            _refuse(connection, "no process could be made for the machine")
+            self._consider_idling()
+        _close_all(handed.received)
+
+    def _await_last_word(self, pid: int) -> None:
+        """This launcher ends, and its client shall know whether there is a machine."""
+        poll = select.poll()
+        poll.register(self._handed[pid].spare.socket.fileno(), READ)
+        if poll.poll(_LAST_WORD_SECONDS * 1000):
+            self._on_word(pid)
 
     def _make_spare(self, template: Template | None = None) -> None:
         """Fork the child that waits for the next request, or the next for a clone of `template`, unless there is one."""
@@ -288,7 +335,8 @@ class Launcher:
             if pid == 0:
                 self._loop.close()
                 spares = [spare.socket for spare in (self._spare, self._clone_spare) if spare is not None]
-                for socket in (self._listener, ours, *spares, *(silent for silent, _ in self._silent.values())):
+                handed = [socket for each in self._handed.values() for socket in (each.spare.socket, each.connection)]
+                for socket in (self._listener, ours, *spares, *handed, *(silent for silent, _ in self._silent.values())):
                     socket.detach()  # the number will be somebody else's: no object shall close it
                 become_machine(theirs, self._makers, self._soft_limit, template)
             # Nobody but this loop, later, waits for the child: the number is its, even if it has ended by now.
@@ -316,6 +364,12 @@ class Launcher:
                 break
             if self._forget_spare(pid):
                 continue
+            handed = self._handed.get(pid)
+            if handed is not None:
+                taken = bool(handed.is_taken())
+                self._settle(pid, taken)
+                if not taken:
+                    continue  # the number may be another's now
             if self._templates is not None:
                 self._templates.ended(pid)
             fd = self._machines.pop(pid, -1)
@@ -341,7 +395,7 @@ class Launcher:
         return False
 
     def _consider_idling(self) -> None:
-        if self._idle and not self._machines and self._idle_timer is None:
+        if self._idle and not self._machines and not self._handed and self._idle_timer is None:
             self._idle_timer = self._loop.call_later(self._idle, self._on_idle_timer)
 
     def _on_idle_timer(self) -> None:
@@ -355,6 +409,8 @@ class Launcher:
             if spare is not None:
                 spare.close()  # and so it ends
         self._spare = self._clone_spare = None
+        for pid in list(self._handed):
+            self._await_last_word(pid)
         self._loop.remove(self._listener.fileno())
         self._listener.close()
         for fd in list(self._silent):

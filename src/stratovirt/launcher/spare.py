@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
+    from stratovirt.launcher.identity import Identity
     from stratovirt.launcher.template import Template
     from stratovirt.machine.kvm import KvmAhead
 
@@ -38,6 +39,30 @@ class Spare:
         """Let go of it: without a request it ends."""
         self.socket.close()
         os.close(self.pidfd)
+
+
+class HandOver:
+    """A request that a spare has been given, until the spare says that it has it. The launcher closes `received` then."""
+
+    __slots__ = ("attempts", "clone", "connection", "received", "request", "spare")
+
+    def __init__(self, spare: Spare, request: bytes, received: list[int], connection: _socket.socket, clone: Identity | None,
+                 attempts: int) -> None:
+        self.spare = spare
+        self.request = request
+        self.received = received
+        self.connection = connection
+        self.clone = clone
+        self.attempts = attempts
+
+    def is_taken(self) -> bool | None:
+        """Has the spare the request? False: it has ended before that, and nobody has seen anything of it. None: not yet."""
+        try:
+            return bool(self.spare.socket.recv(1, _socket.MSG_DONTWAIT))
+        except ConnectionResetError:
+            return False  # it had not even read the request
+        except BlockingIOError:
+            return None
 
 
 class NoRequest(Exception):
@@ -115,12 +140,16 @@ def _is_waiting(source: int) -> bool:
 
 
 def _await_request(source: int) -> tuple[bytes, list[int]]:
-    """A request and what came with it, the connection first. Raises: NoRequest, OSError."""
+    """A request and what came with it, the connection first. Nothing is done for it before the launcher is told: it is here.
+
+    Raises: NoRequest, OSError.
+    """
     socket = _socket.socket(fileno=source)
     message, ancillary, _, _ = socket.recvmsg(wire.MAX_REQUEST, ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
-    socket.detach()
     if not message:
         raise NoRequest
+    socket.send(b"1", _socket.MSG_NOSIGNAL)
+    socket.detach()
     return message, descriptors_of(ancillary)
 
 
