@@ -150,9 +150,7 @@ def test_a_back_end_that_hangs_is_no_snapshot_and_the_guest_goes_on(daemon, star
     assert "vhost-user-blk device b0 cannot be saved" in error["desc"]
     assert list((tmp_path / "snap").iterdir()) == []
     assert client.ask("query-status")["status"] == "running"
-    process.send_signal(signal.SIGCONT)
-    wait_for_writes(disk)  # it has been connected to again
-    process.kill()
+    process.kill()  # woken up it would finish what it had begun, in rings that are no longer its own
     process.wait()
     wait_until(lambda: "not connected" in client.ask("migrate", uri=f"file:{tmp_path / 'other'}").get("desc", ""))
     assert not (tmp_path / "other").exists(), "nothing was written"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import threading
@@ -186,6 +187,31 @@ def test_a_reset_ends_the_rings_and_they_begin_anew(bench: Bench) -> None:
         assert bench.backend.peer.rings == {}
         assert driver.device.external_queues == frozenset()
     assert len(bench.backend.peers) == 1 and driver.reported == []
+
+
+def test_a_notification_has_one_reader(bench: Bench) -> None:
+    """One that the loop was about to read when the ring was given away is the back end's."""
+    driver = bench.blk()
+    notify_fd = driver.transport.notify_fds[0]
+    seen: list[bool] = []
+
+    def look(peer: Peer, request: int, payload: bytes) -> bool:
+        os.eventfd_write(notify_fd, 1)
+        driver.loop.run_once(0)
+        seen.append(wire.readable(notify_fd))
+        return True
+
+    bench.backend.instead[wire.SET_VRING_KICK] = look
+    driver.start()
+    driver.transport.on_notify(0)
+    assert seen == [True] and wire.readable(notify_fd)
+    driver.vhost_user.pause()
+    driver.transport.on_notify(0)
+    assert not wire.readable(notify_fd)
+    with driver.vhost_user._work:  # it is just about to be given away
+        os.eventfd_write(notify_fd, 1)
+        driver.transport.on_notify(0)
+    assert wire.readable(notify_fd)
 
 
 def test_a_pause_stops_the_rings_and_they_go_on_where_they_were(bench: Bench) -> None:

@@ -79,6 +79,8 @@ class VirtioDevice:
     queue_sizes: tuple[int, ...] = ()
     external_queues: frozenset[int] = frozenset()
     """Queues that somebody else serves (the kernel's vhost, another process): their notifications do not come here."""
+    shares_notifications = False
+    """Somebody else reads the eventfds of its queues at times: `take_notification` knows when they are this process's."""
     waits_for_restore = False
     """Somebody else begins to work as soon as it is told: at a restore it stays paused until all of the machine is restored."""
     interrupted_by_kernel = False
@@ -210,6 +212,10 @@ class VirtioDevice:
     def loop_of(self, index: int) -> EventLoop | None:
         """The loop that a queue's notifications are for; None: the device's own."""
         return None
+
+    def take_notification(self, index: int) -> bool:
+        """Read the eventfd of a queue, if it is to be read here. For a device that `shares_notifications`."""
+        raise NotImplementedError
 
     def process(self, index: int) -> None:
         """Work on a queue: at most one queue's worth of chains, so that no guest keeps the loop for itself."""

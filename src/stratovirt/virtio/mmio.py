@@ -383,11 +383,16 @@ class VirtioMmio:
 
     def on_notify(self, index: int) -> None:
         """The notification of a queue arrived on its eventfd. Thread: the device's loop."""
-        try:
-            os.eventfd_read(self.notify_fds[index])
-        except BlockingIOError:
-            return  # drained already
-        self.device.process(index)
+        device = self.device
+        if device.shares_notifications:
+            if not device.take_notification(index):
+                return
+        else:
+            try:
+                os.eventfd_read(self.notify_fds[index])
+            except BlockingIOError:
+                return  # drained already
+        device.process(index)
 
     def reset(self) -> None:
         """Machine reset. Thread: any, while vCPUs are paused."""

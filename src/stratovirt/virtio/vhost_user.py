@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 
 from stratovirt import log
 from stratovirt.errors import GuestError, HostError
@@ -66,6 +66,7 @@ class VhostUserDevice(VirtioDevice):
     """How much of the config space is the back end's."""
     wanted_protocol = 0
     """Features of the protocol that it uses if they are there."""
+    shares_notifications = True
     waits_for_restore = True
     needed_queues = 1
     """What the back end must have, as it counts: queues, or pairs of them."""
@@ -73,6 +74,7 @@ class VhostUserDevice(VirtioDevice):
     def __init__(self, backend: BackendSocket, queue_sizes: tuple[int, ...], loop: EventLoop,
                  on_error: Callable[[StratoVirtError], None] | None = None) -> None:
         super().__init__()
+        self._work = self._lock = allocate_lock()
         self.queue_sizes = queue_sizes
         self._backend = backend
         self._loop = loop
@@ -291,6 +293,7 @@ class VhostUserDevice(VirtioDevice):
         rings = {index: queue for index, queue in enumerate(self.queues) if queue is not None and self.is_backends(index)}
         if transport is not None and rings:
             self._served = list(rings)
+            self.give_away(frozenset(rings), self._loop)  # before it reads their eventfds
             tracker = self._backend.memory.tracker
             if tracker is not None:
                 tracker.lose(f"{connection.name} writes memory")
@@ -349,6 +352,22 @@ class VhostUserDevice(VirtioDevice):
     def fail(self, index: int, chain: Chain) -> int:
         """Answer a request with an error; how many bytes were written into it. Raises: GuestError."""
         raise NotImplementedError
+
+    def take_notification(self, index: int) -> bool:
+        """An eventfd has one reader. What is read here is lost for the back end, and qemu-storage-daemon gives up when it was
+        woken for nothing. So the look whose it is, and the reading, are one.
+        """
+        if self.transport is None or not self._lock.acquire(False):
+            return False  # it is just given away or taken back: if it comes here, it is there again in the next round
+        try:
+            if index in self.external_queues:
+                return False
+            os.eventfd_read(self.transport.notify_fds[index])
+        except BlockingIOError:
+            return False  # drained already
+        finally:
+            self._lock.release()
+        return True
 
     def process(self, index: int) -> None:
         if self._connection is None or not self.is_wired:  # else the back end has it, or will get it with a kick of its own
