@@ -166,3 +166,9 @@ def test_a_kernel_of_the_other_architecture_is_refused_by_name(tmp_path: Path) -
             done = subprocess.run([sys.executable, "-IS", "-c", AS_AARCH64, *line], capture_output=True, text=True,
                                   timeout=DEADLINE, check=False)
             assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_launcher_rehearses_with_a_kernel_of_this_architecture() -> None:
+    program = AS_AARCH64.partition("from stratovirt.__main__")[0] + "from stratovirt.launcher.practice import *\nrehearse()\n"
+    done = subprocess.run([sys.executable, "-s", "-c", program], capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -202,12 +202,16 @@ def test_the_order_of_things(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[-1] == ("set", 201, COUNTER), "and goes on last"
     assert ("set", 202, COUNTER) not in calls
     attributes = [(group, attribute) for name, group, attribute in calls if name == "attribute"]
-    assert attributes[0] == (DISTRIBUTOR, gic_state.IIDR)
+    assert attributes[:2] == [(DISTRIBUTOR, gic_state.IIDR), (DISTRIBUTOR, 0)], "off, it loses what becomes pending"
+    for first in (attributes.index((DISTRIBUTOR, 0x104)), attributes.index((DISTRIBUTOR, 0xC08))):
+        assert first < attributes.index((DISTRIBUTOR, 0x204)) < attributes.index((LEVELS, 32))
     redistributor = uapi.KVM_DEV_ARM_VGIC_GRP_REDIST_REGS
     for select in (0, 1 << 32):
         assert attributes.index((redistributor, select | 0x78)) < attributes.index((redistributor, select))
         frame = select | gic_state.V3_PRIVATE_FRAME
-        assert attributes.index((redistributor, frame | 0xC04)) < attributes.index((redistributor, frame | 0x200))
+        for before in (0x100, 0xC04):
+            assert attributes.index((redistributor, frame | before)) < attributes.index((redistributor, frame | 0x200))
+        assert attributes.index((redistributor, frame | 0x100)) < attributes.index((LEVELS, select))
     tables = calls.index(("control", its, uapi.KVM_DEV_ARM_ITS_RESTORE_TABLES))
     its_registers = [index for index, call in enumerate(calls)
                      if call[:2] == ("attribute", uapi.KVM_DEV_ARM_VGIC_GRP_ITS_REGS)]

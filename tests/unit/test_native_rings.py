@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stratovirt import native
+from stratovirt.hostmap import address_of_view
 from stratovirt.virtio import queue as queue_module
+from stratovirt.virtio.block_order import request_of
+from stratovirt.virtio.block_request import DiskRequest
 from stratovirt.virtio.net import RX, TX
 from unit.virtio_devices import SECTOR, BlockDriver, NetDriver
 from unit.virtio_driver import (
@@ -169,6 +172,38 @@ def test_disks(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
             one.append(disk.path.read_bytes())
             seen.append(one)
     assert seen[0] == seen[1]
+
+
+@EXAMPLES
+@given(SEEDS)
+def test_requests_for_engines(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """What compiled code takes is what Python takes, object by object, up to the first that is not plain."""
+    rings = Rings(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, "compiled")
+        disk = BlockDriver(tmp_path_factory.mktemp("disk"), SECTORS, memory=guest_memory(RAM))
+        disk.start(size=SIZE)
+    for _ in range(12):
+        rings.chain(disk.queues[0], *request(rings))
+    queue = disk.device.queues[0]
+    assert queue is not None and queue.ring is not None
+    taken = queue.ring.take_requests(DiskRequest, SECTORS, True, queue.positions[0], SIZE, 0, queue)
+    assert disk.queues[0].used_idx() == 0
+    ours = [fields(made) for made in taken]
+    theirs = []
+    for chain in queue.pop_batch(len(taken)) if taken else []:
+        made = request_of(disk.device, 0, queue, chain, [])  # type: ignore[arg-type]
+        theirs.append(fields(made) if made is not None else [])
+    assert ours == theirs
+    assert len({made.kind for made in taken}) <= 1
+    del taken
+    disk.close()
+
+
+def fields(made: DiskRequest) -> list[object]:
+    places = [(address_of_view(view), len(view)) for view in (*made.views, made.status)]
+    return [made.kind, made.offset, made.length, made.written, made.head, made.index, made.queue, made.durable, made.unmap,
+            made.error, places]
 
 
 def header_of(generator: random.Random) -> bytes:

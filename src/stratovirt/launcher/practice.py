@@ -22,6 +22,7 @@ import time
 
 from stratovirt import log
 from stratovirt.errors import StratoVirtError
+from stratovirt.hostmap import ARCHITECTURE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ SECONDS = 2.0
 
 _LOAD, _CODE_OFFSET = 0x10_0000, 0x1000
 _NOTE_PVH_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
+_ARM64_ENTRY = 64  # behind the Image's header
+_ARM64_CODE = (0x52B08000, 0x72800120, 0xD4000002, 0x14000000)  # w0 = 84000009; hvc #0: PSCI SYSTEM_RESET; b .
 _CODE = bytes((0xB0, 0xFE, 0xE6, 0x64, 0xF4, 0xEB, 0xFD))  # mov al, FE; out 64, al: reset; hlt, for ever
 
 _SMALLEST, _LARGEST, _STEP = 48, 512, 16  # size classes of the interpreter's allocator, as far as bytes can have them
@@ -42,8 +45,12 @@ _FRESH = 2
 _MOST = 20_000
 
 
-def guest() -> bytes:
-    """A kernel that resets the machine: an ELF file with a PVH note."""
+def guest(architecture: str = ARCHITECTURE) -> bytes:
+    """A kernel that resets the machine: an ELF file with a PVH note, on arm64 an Image."""
+    if architecture == "aarch64":
+        jump, flags = 0x14000000 | _ARM64_ENTRY // 4, 1 << 1 | 1 << 3  # pages of 4 KiB, anywhere in RAM
+        header = struct.pack("<IIQQQQQQ4sI", jump, 0, 0, 0x1000, flags, 0, 0, 0, b"ARM\x64", 0)
+        return header + struct.pack("<4I", *_ARM64_CODE)
     note = struct.pack("<III4sI", 4, 4, _NOTE_PVH_ENTRY, b"Xen\0", _LOAD)
     header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, _LOAD, 64, 0, 0, 64, 56, 2, 0, 0, 0)
     load = struct.pack("<IIQQQQQQ", 1, 5, _CODE_OFFSET, _LOAD, _LOAD, len(_CODE), len(_CODE), 0x1000)
@@ -115,6 +122,11 @@ class _NoAccelerator:
 
     def create_irqfd(self, gsi: int) -> _NoAccelerator:
         return self
+
+    def create_level_line(self, spi: int) -> _NoAccelerator:
+        return self
+
+    def set_level(self, high: bool) -> None: ...
 
     def device_loop(self, loop: object, call: object) -> object:
         return loop

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from stratovirt.snapshot.chain import Ranges
     from stratovirt.virtio.device import VirtioDevice
 
-_ARCHITECTURES = ("x86_64",)  # on aarch64 a guest was saved and restored, and did not go on: not to be had until it does
+# On aarch64 pages were missing from a snapshot that was counted, once in fourteen, and it is not known whose fault that was.
+_COUNTED_ON = ("x86_64",)
 _EMPTY_KINDS = {"virtio-blk": BLOCK, "virtio-net": NET}  # devices that wait in replaceable slots, by their names
 
 
@@ -52,8 +53,6 @@ def take(machine: MicroVm, directory: str, base: str | None = None, track: bool 
     if machine.state not in (RUNNING, PAUSED):
         raise StateError("a snapshot", machine.state, f"{RUNNING} or {PAUSED}")
     accelerator = machine.accelerator
-    if ARCHITECTURE not in _ARCHITECTURES:
-        raise SnapshotError(f"there are no snapshots of {ARCHITECTURE} machines yet")
     if not isinstance(accelerator, KvmAccelerator) or machine.platform is None:
         raise SnapshotError("the test accelerator has no processors to save")
     for occupied in machine.slots:
@@ -138,7 +137,9 @@ def _changed(machine: MicroVm, chain: Chain) -> Ranges:
 
 def _track(machine: MicroVm, accelerator: KvmAccelerator, wanted: bool | None) -> None:
     """Have what is written counted from here on, or not any more. Raises: HostError."""
-    if wanted:
+    if wanted and ARCHITECTURE not in _COUNTED_ON:
+        log.info(f"what is written is not counted on {ARCHITECTURE}: the next incremental snapshot compares memory")
+    elif wanted:
         if machine.dirty is None:
             from stratovirt.hypervisor.kvm.dirty_log import DirtyLog
 
@@ -222,7 +223,7 @@ class Incoming:
             state.text("magic")
             state.integer("version")
             architecture = state.text("architecture")
-            if architecture != ARCHITECTURE or architecture not in _ARCHITECTURES:
+            if architecture != ARCHITECTURE:
                 raise state.error("architecture", f"{architecture!a}, and this host is {ARCHITECTURE}")
             self._id = state.data("id", state_file.ID_SIZE).hex()
             state.integer("created")

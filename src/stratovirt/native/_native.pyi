@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+from stratovirt.virtio.block_request import DiskRequest
+from stratovirt.virtio.queue import Virtqueue
+
 INTERFACE: int
 
 # module.c
@@ -22,6 +25,8 @@ class Ring:
                 regions: list[tuple[int, memoryview]], /) -> Ring: ...
     def serve_disk(self, fd: int, sectors: int, writes: bool, next_avail: int, next_used: int, limit: int,
                    /) -> tuple[int, int, int, int, int, int]: ...
+    def take_requests(self, type: type[DiskRequest], sectors: int, writes: bool, next_avail: int, limit: int, index: int,
+                      queue: Virtqueue, /) -> list[DiskRequest]: ...
     def receive_frames(self, fd: int, next_avail: int, next_used: int, mergeable: bool, wanted: int, spill: memoryview,
                        held: int, mac: bytes | None, accepts: Callable[[bytes], bool], limit: int,
                        /) -> tuple[int, int, int, int]: ...

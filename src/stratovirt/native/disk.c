@@ -1,4 +1,5 @@
-/* Reads and writes of a disk, carried out where they are found: what `virtio/block.py` does with an image that has no engine.
+/* Reads and writes of a disk: carried out where they are found, as `virtio/block.py` does with an image that has no engine, or made
+ * into the objects that engines take.
  *
  * A batch is what is available, up to the first request that is not plain: of another kind, out of bounds, or malformed. Its
  * reads, or writes, that follow each other are sorted, and neighbours on the disk are one preadv2 or pwritev2, as in
@@ -8,6 +9,8 @@
  * When a transfer fails or is short, none of its run is answered: Python does the run again, and finds out who is to blame.
  */
 #include "rings.h"
+
+#include <structmember.h>
 
 #define HEADER_SIZE 16
 #define SECTOR_SIZE 512
@@ -166,4 +169,122 @@ PyObject *serve_disk(PyObject *self, PyObject *arguments)
     }
     Py_END_ALLOW_THREADS
     return Py_BuildValue("iiKKKK", served, left, operations[T_IN], bytes[T_IN], operations[T_OUT], bytes[T_OUT]);
+}
+
+/* -- for engines */
+
+static const char *const field_names[REQUEST_FIELDS] = {
+    "kind", "offset", "length", "written", "head", "index", "views", "status", "queue", "durable", "unmap", "error",
+};
+enum { KIND, OFFSET, LENGTH, WRITTEN, HEAD, INDEX, VIEWS, STATUS, QUEUE, DURABLE, UNMAP, ERROR };
+
+/* Where the fields of a class with __slots__ are; so an instance is made without running any Python. */
+static bool learn(struct ring *ring, PyObject *type)
+{
+    Py_CLEAR(ring->request_type);
+    for (int field = 0; field < REQUEST_FIELDS; field++) {
+        PyObject *slot = PyObject_GetAttrString(type, field_names[field]);
+
+        if (slot == NULL)
+            return false;
+        if (!Py_IS_TYPE(slot, &PyMemberDescr_Type) || ((PyMemberDescrObject *)slot)->d_member->type != T_OBJECT_EX) {
+            Py_DECREF(slot);
+            PyErr_Format(PyExc_TypeError, "%s is not in a slot", field_names[field]);
+            return false;
+        }
+        ring->request_field[field] = ((PyMemberDescrObject *)slot)->d_member->offset;
+        Py_DECREF(slot);
+    }
+    ring->request_type = Py_NewRef(type);
+    return true;
+}
+
+/* A view of the RAM that a piece is. */
+static PyObject *view_of(const struct ring *ring, const void *at, size_t length)
+{
+    for (unsigned number = 0; number < ring->regions; number++) {
+        const struct region *region = &ring->region[number];
+        const uint8_t *first = at;
+
+        if (first >= region->host && first < region->host + region->size)
+            return PySequence_GetSlice(region->view, first - region->host, first - region->host + (Py_ssize_t)length);
+    }
+    PyErr_SetString(PyExc_SystemError, "a piece of no region");
+    return NULL;
+}
+
+static PyObject *make(const struct ring *ring, const struct run *run, const struct request *request, PyObject *index,
+                      PyObject *queue)
+{
+    PyTypeObject *type = (PyTypeObject *)ring->request_type;
+    PyObject *made = type->tp_alloc(type, 0), *value[REQUEST_FIELDS], *views;
+    bool failed = made == NULL;
+
+    if (failed)
+        return NULL;
+    views = PyList_New(request->count);
+    for (int piece = 0; views != NULL && piece < request->count; piece++) {
+        const struct iovec *part = &run->vector[request->first + piece];
+        PyObject *view = view_of(ring, part->iov_base, part->iov_len);
+
+        if (view == NULL)
+            Py_CLEAR(views);
+        else
+            PyList_SET_ITEM(views, piece, view);
+    }
+    value[KIND] = PyLong_FromLong((long)run->kind); /* READ and WRITE of backends/block.py are IN and OUT */
+    value[OFFSET] = PyLong_FromUnsignedLongLong(request->offset);
+    value[LENGTH] = PyLong_FromUnsignedLongLong(request->length);
+    value[WRITTEN] = PyLong_FromUnsignedLongLong(run->kind == T_IN ? request->length : 0);
+    value[HEAD] = PyLong_FromLong(request->head);
+    value[INDEX] = Py_NewRef(index);
+    value[VIEWS] = views;
+    value[STATUS] = view_of(ring, request->status, 1);
+    value[QUEUE] = Py_NewRef(queue);
+    value[DURABLE] = Py_NewRef(Py_False);
+    value[UNMAP] = Py_NewRef(Py_False);
+    value[ERROR] = Py_NewRef(Py_None);
+    for (int field = 0; field < REQUEST_FIELDS; field++) {
+        failed = failed || value[field] == NULL;
+        *(PyObject **)((char *)made + ring->request_field[field]) = value[field]; /* an empty slot is NULL */
+    }
+    if (failed)
+        Py_CLEAR(made);
+    return made;
+}
+
+/* take_requests(type, sectors, writes, next_avail, limit, index, queue) -> [instance of type]
+ * Of one kind, in the order of the ring; [] when the next request is not plain, or there is none. */
+PyObject *take_requests(PyObject *self, PyObject *arguments)
+{
+    struct ring *ring = (struct ring *)self;
+    struct disk disk = {.fd = -1};
+    struct run run;
+    unsigned long long sectors;
+    unsigned short next_avail;
+    int writes, limit, available;
+    PyObject *type, *index, *queue, *list;
+
+    if (!PyArg_ParseTuple(arguments, "O!KpHiO!O", &PyType_Type, &type, &sectors, &writes, &next_avail, &limit, &PyLong_Type,
+                          &index, &queue))
+        return NULL;
+    if (ring->request_type != type && !learn(ring, type))
+        return NULL;
+    disk.sectors = sectors;
+    disk.writes = writes;
+    run.requests = run.pieces = 0;
+    available = ring_available(ring, next_avail);
+    while (run.requests < available && run.requests < limit && run.requests < MAX_RUN &&
+           add(ring, &disk, (uint16_t)(next_avail + run.requests), &run))
+        continue;
+    list = PyList_New(run.requests);
+    for (int number = 0; list != NULL && number < run.requests; number++) {
+        PyObject *made = make(ring, &run, &run.request[number], index, queue);
+
+        if (made == NULL)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, number, made);
+    }
+    return list;
 }

@@ -208,6 +208,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *arguments, PyObject *Py_
             return NULL;
         }
         region->base = base;
+        region->view = Py_NewRef(view);
         region->host = region->buffer.buf;
         region->size = (uint64_t)region->buffer.len;
         ring->regions++;
@@ -227,14 +228,18 @@ static void ring_free(PyObject *self)
     struct ring *ring = (struct ring *)self;
     PyTypeObject *type = Py_TYPE(self);
 
-    for (unsigned number = 0; number < ring->regions; number++)
+    for (unsigned number = 0; number < ring->regions; number++) {
         PyBuffer_Release(&ring->region[number].buffer);
+        Py_CLEAR(ring->region[number].view);
+    }
+    Py_CLEAR(ring->request_type);
     type->tp_free(self);
     Py_DECREF(type);
 }
 
 static PyMethodDef ring_methods[] = {
     {"serve_disk", serve_disk, METH_VARARGS, "Carry out plain reads and writes of a disk."},
+    {"take_requests", take_requests, METH_VARARGS, "Make objects of plain reads and writes of a disk."},
     {"receive_frames", receive_frames, METH_VARARGS, "Read frames from a tap into receive buffers."},
     {"send_frames", send_frames, METH_VARARGS, "Write the driver's frames to a tap."},
     {NULL, NULL, 0, NULL},

@@ -19,7 +19,10 @@ struct region {
     uint64_t base, size; /* guest-physical */
     uint8_t *host;
     Py_buffer buffer; /* holds the mapping */
+    PyObject *view;   /* all of it */
 };
+
+#define REQUEST_FIELDS 12
 
 struct ring {
     PyObject_HEAD
@@ -31,6 +34,8 @@ struct ring {
     unsigned last;         /* the region that was found last */
     unsigned regions;
     struct region region[MAX_REGIONS];
+    PyObject *request_type; /* that disk.c makes instances of, and where in them its fields are */
+    Py_ssize_t request_field[REQUEST_FIELDS];
 };
 
 /* A chain, as pieces of memory: first those that the driver wrote for us, then those that we write. */
@@ -53,6 +58,7 @@ void vector_write(const struct iovec *vector, size_t at, const void *from, size_
 int vector_skip(struct iovec *vector, size_t length);
 
 PyObject *serve_disk(PyObject *self, PyObject *arguments);
+PyObject *take_requests(PyObject *self, PyObject *arguments);
 PyObject *receive_frames(PyObject *self, PyObject *arguments);
 PyObject *send_frames(PyObject *self, PyObject *arguments);
 int rings_set_up(PyObject *module);

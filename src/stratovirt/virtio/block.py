@@ -1,9 +1,10 @@
 """virtio-blk (VIRTIO 1.2, 5.2): a disk over a raw image.
 
 Requests are taken in batches, and reads or writes of a batch that are neighbours on the disk become one transfer
-(`block_request.py`). With `aio=off` a batch is carried out where it is found. Otherwise it is handed to an engine, which owns
-its buffers until it is finished; at most one queue's worth is on the way for each queue. A finished flush means that every
-write that was finished before it came is on stable storage, which is all that a driver may ask (5.2.6.2).
+(`block_request.py`; `block_order.py` knows what they ask for). With `aio=off` a batch is carried out where it is found, by
+compiled code if it is there (`native/disk.c`). Otherwise it is given to an engine, which owns its buffers until it is finished;
+at most one queue's worth is on the way for each queue. A finished flush means that every write that was finished before it came
+is on stable storage, which is all that a driver may ask (5.2.6.2).
 
 An image that has grown is noticed when the driver flushes or resets the disk, without polling: the driver is told through
 the config interrupt. One that has shrunk is not; what is missing gives I/O errors.
@@ -14,23 +15,14 @@ Threads: all of it on the device's loop, but `reset`, which waits for requests o
 from __future__ import annotations
 
 import select
-import struct
 import time
 
-from stratovirt.backends.block import (
-    DISCARD,
-    FLUSH,
-    KINDS,
-    READ,
-    SECTOR_SIZE,
-    WRITE,
-    WRITE_ZEROES,
-    RawImage,
-)
+from stratovirt.backends.block import FLUSH, KINDS, READ, SECTOR_SIZE, WRITE, WRITE_ZEROES, RawImage
 from stratovirt.errors import GuestError, HostError
 from stratovirt.loop import READ as READABLE
-from stratovirt.virtio.block_config import F_DISCARD, F_FLUSH, F_WRITE_ZEROES, MAX_RANGE_SECTORS, config_of, features_of
-from stratovirt.virtio.block_request import HEADER_SIZE, MAX_MERGED, DiskRequest, MergedRequest, merge, parse
+from stratovirt.virtio.block_config import F_FLUSH, config_of, features_of
+from stratovirt.virtio.block_order import S_IOERR, S_OK, SERIAL_SIZE, request_of
+from stratovirt.virtio.block_request import MAX_MERGED, DiskRequest, MergedRequest, merge
 from stratovirt.virtio.device import F_VERSION_1, VirtioDevice
 
 TYPE_CHECKING = False
@@ -45,23 +37,9 @@ if TYPE_CHECKING:
     from stratovirt.virtio.block_request import Transfer
     from stratovirt.virtio.queue import Chain, Virtqueue
 
-T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
-S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
-
-_RANGE = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes { le64 sector; le32 num_sectors; le32 flags; }
-_FLAG_UNMAP = 1
-SERIAL_SIZE = 20
 # How long to wait for the host to finish what it has begun. After a reset the guest may use the buffers for something else;
 # a pause, or a change of image, holds up the loop, and an iothread gives a callback 5 seconds.
 RESET_SECONDS, PAUSE_SECONDS = 10.0, 4.0
-
-
-class _Refused(Exception):
-    """The request is not to be done; the driver is told this status and both sides go on."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
 
 
 class VirtioBlock(VirtioDevice):
@@ -162,14 +140,19 @@ class VirtioBlock(VirtioDevice):
             return False
         queue.disable_notifications()
         left = queue.size
-        at_once = queue.ring if self._engine is None and not self._buckets else None
+        ring = queue.ring if not self._buckets else None
         try:
             while left > 0:
                 room = self._room(index, queue)
                 if not room:
                     return False
-                if at_once is not None:
-                    served, room = self._serve_compiled(at_once, queue, left)
+                if ring is not None and self._engine is not None:
+                    taken = self._take_compiled(ring, index, queue, room)
+                    left -= taken
+                    if taken:
+                        continue
+                elif ring is not None:
+                    served, room = self._serve_compiled(ring, queue, left)
                     left -= served
                 chains = queue.pop_batch(room) if room else []
                 if chains:
@@ -190,11 +173,24 @@ class VirtioBlock(VirtioDevice):
             self._ended_early = False
             self._on_finished(READABLE)
 
+    def _has_plain_writes(self) -> bool:
+        """There is nothing more to a write than that it is carried out."""
+        image = self.image
+        return not image.readonly and image.detect_zeroes == "off" and bool(self.driver_features >> F_FLUSH & 1)
+
+    def _take_compiled(self, ring: Ring, index: int, queue: Virtqueue, limit: int) -> int:
+        """Have compiled code make requests of chains, and give them to the engine: how many."""
+        requests = ring.take_requests(
+            DiskRequest, self.sectors, self._has_plain_writes(), queue.positions[0], limit, index, queue)
+        queue.advance(len(requests), returned=False)
+        if requests:
+            self._perform(requests, [])
+        return len(requests)
+
     def _serve_compiled(self, ring: Ring, queue: Virtqueue, limit: int) -> tuple[int, int]:
         """Have compiled code carry out plain requests, up to `limit`: how many it has, and how many come next for `_serve`."""
-        image = self.image
-        writes = not image.readonly and image.detect_zeroes == "off" and bool(self.driver_features >> F_FLUSH & 1)
-        served, others, reads, read, written, wrote = ring.serve_disk(image.fd, self.sectors, writes, *queue.positions, limit)
+        served, others, reads, read, written, wrote = ring.serve_disk(
+            self.image.fd, self.sectors, self._has_plain_writes(), *queue.positions, limit)
         queue.advance(served)
         self.operations[READ] += reads
         self.bytes[READ] += read
@@ -212,7 +208,9 @@ class VirtioBlock(VirtioDevice):
         try:
             for chain in chains:
                 left -= 1
-                request = self._request(index, queue, chain, answers)
+                if self._buckets:
+                    self._buckets[index].pour()
+                request = request_of(self, index, queue, chain, answers)
                 if request is None:
                     continue
                 if group and (group[0].kind != request.kind or request.kind > WRITE):
@@ -247,87 +245,6 @@ class VirtioBlock(VirtioDevice):
                     self._perform([part], answers)
             else:
                 self._answer(request, answers)
-
-    def _request(self, index: int, queue: Virtqueue, chain: Chain, answers: list[tuple[int, int]]) -> DiskRequest | None:
-        """What the driver asks of the image; None when that has its answer already. Raises: GuestError."""
-        kind, sector, data_in, data_out, status = parse(self.name, chain)
-        if self._buckets:
-            self._buckets[index].pour()
-        if kind == T_IN:
-            length = chain.writable_length - 1
-            if not length % SECTOR_SIZE and sector + length // SECTOR_SIZE <= self.sectors:
-                return DiskRequest(READ, data_in, sector * SECTOR_SIZE, length, length, chain.head, status, index, queue)
-        elif kind == T_GET_ID:
-            status[0] = S_OK
-            answers.append((chain.head, self._get_id(data_in) + 1))
-            return None
-        else:
-            length = chain.readable_length - HEADER_SIZE
-            request = DiskRequest(WRITE, data_out, 0, length, 0, chain.head, status, index, queue)
-            try:
-                self._change(request, kind, sector)
-            except _Refused as refusal:
-                status[0] = refusal.status
-            else:
-                return request
-            answers.append((chain.head, 1))
-            return None
-        status[0] = S_IOERR
-        answers.append((chain.head, 1))
-        return None
-
-    def _change(self, request: DiskRequest, kind: int, sector: int) -> None:
-        """Make a request, of which the data are known, a request of this type. Raises: _Refused."""
-        image = self.image
-        if kind == T_OUT:
-            if image.readonly:
-                raise _Refused(S_IOERR)
-            request.offset = self._position(sector, request.length)
-            if image.detect_zeroes != "off" and request.length:
-                from stratovirt.backends.aio_syscalls import is_zero
-
-                if is_zero(request.views):
-                    request.kind, request.views = WRITE_ZEROES, []
-                    request.unmap = image.detect_zeroes == "unmap"
-            # a driver that cannot flush expects a write-through disk (5.2.6.2)
-            request.durable = not self.driver_features >> F_FLUSH & 1
-            return
-        if kind == T_FLUSH:
-            request.kind, request.views, request.length = FLUSH, [], 0
-            return
-        feature = F_DISCARD if kind == T_DISCARD else F_WRITE_ZEROES if kind == T_WRITE_ZEROES else None
-        if feature is None or not self.driver_features >> feature & 1 or (kind == T_DISCARD and not image.discards):
-            raise _Refused(S_UNSUPP)
-        if image.readonly:
-            raise _Refused(S_IOERR)
-        self._change_range(request, kind)
-
-    def _change_range(self, request: DiskRequest, kind: int) -> None:
-        if request.length != _RANGE.size:  # max_discard_seg and max_write_zeroes_seg are 1
-            raise _Refused(S_IOERR)
-        sector, sectors, flags = _RANGE.unpack(b"".join(request.views))
-        if flags & ~_FLAG_UNMAP or (flags and kind == T_DISCARD):
-            raise _Refused(S_UNSUPP)
-        if sectors > MAX_RANGE_SECTORS:
-            raise _Refused(S_IOERR)
-        request.kind, request.views = (DISCARD if kind == T_DISCARD else WRITE_ZEROES), []
-        request.length = sectors * SECTOR_SIZE
-        request.offset = self._position(sector, request.length)
-        request.unmap = flags == _FLAG_UNMAP and self.image.discards
-        request.durable = kind == T_WRITE_ZEROES and not self.driver_features >> F_FLUSH & 1
-
-    def _position(self, sector: int, length: int) -> int:
-        """Byte offset of a request on the disk. Raises _Refused unless all of it lies there."""
-        if length % SECTOR_SIZE or sector + length // SECTOR_SIZE > self.sectors:
-            raise _Refused(S_IOERR)
-        return sector * SECTOR_SIZE
-
-    def _get_id(self, data_in: list[memoryview]) -> int:
-        rest = self.serial
-        for view in data_in:
-            part, rest = rest[: len(view)], rest[len(view) :]
-            view[: len(part)] = part
-        return SERIAL_SIZE - len(rest)
 
     def _answer(self, request: Transfer, answers: list[tuple[int, int]]) -> None:
         """Set the status of a finished request, or of all that it is made of, and note what the driver gets."""

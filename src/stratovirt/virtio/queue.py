@@ -189,7 +189,7 @@ class Virtqueue:
             chains.append(self._walk(number))
         return chains
 
-    # -- for compiled code, which takes chains and returns them at once
+    # -- for compiled code, which takes chains, and returns most of them at once
 
     @property
     def ring(self) -> Ring | None:
@@ -201,10 +201,11 @@ class Virtqueue:
         """Where the next chain is taken, and where it will be returned."""
         return self._next_avail, self._next_used
 
-    def advance(self, count: int) -> None:
-        """So many chains were taken and returned."""
+    def advance(self, count: int, returned: bool = True) -> None:
+        """So many chains were taken, and `returned`."""
         self._next_avail = (self._next_avail + count) & 0xFFFF
-        self._next_used = (self._next_used + count) & 0xFFFF
+        if returned:
+            self._next_used = (self._next_used + count) & 0xFFFF
 
     # -- from the driver
 

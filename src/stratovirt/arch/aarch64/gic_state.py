@@ -1,8 +1,8 @@
 """The registers that a GIC's state consists of, for KVM's register interface: what a snapshot keeps, in the order of return.
 
 A family is one register for each interrupt, or a part of one: (name, offset at interrupt 0, bits for each interrupt, offset of
-the registers that clear what these set, or 0). Its values are kept one after the other, as 32-bit words. How an interrupt is
-triggered comes before whether it is pending, which is judged by it.
+the registers that clear what these set, or 0). Its values are kept one after the other, as 32-bit words. Whether an interrupt
+is enabled and how it is triggered come before whether it is pending, which is judged by them.
 Spec: IHI 0069 (v3), 12.9, 12.11, 12.19; IHI 0048 (v2), 4.3, 4.4; Linux Documentation/virt/kvm/devices/arm-vgic*.rst.
 """
 

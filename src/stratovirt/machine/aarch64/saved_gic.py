@@ -3,6 +3,9 @@
 Facts about KVM that this rests on:
 - What is pending is read and written as it is latched; of a level-triggered line of a GICv3 the level is kept beside it. KVM
   raises the timers' lines by itself, and a GICv2's other lines are set anew by their devices.
+- An interrupt gets into the queue of its vCPU in the moment when it is made pending, or its line set high, and then only if it
+  and the distributor are enabled. One that was missed never comes by itself: of a level (the timers') KVM hears changes alone.
+  So CTLR of the distributor is the first register, and what enables interrupts is written before what makes them pending.
 - The ITS and the redistributors write what they keep in caches into tables in guest memory, which the guest has given them.
   That comes before memory is saved, and the way back after memory, redistributors and the ITS's other registers.
 """
@@ -82,6 +85,7 @@ def restore(gic: Gic, state: Saved) -> None:
         raise state.error("its", f"what a machine with {kind} has not" if gic.its is None else "missing")
     bank = _Bank(gic, _DISTRIBUTOR, 0)
     bank.write(shared, "IIDR", regs.IIDR, int.from_bytes(shared.data("IIDR", 4), "big"))
+    bank.restore(shared, regs.DISTRIBUTOR)  # before anything is pending: see above
     if not v2:
         # Their tables are in place before interrupts come to them.
         for index, section in enumerate(vcpus):
@@ -94,7 +98,6 @@ def restore(gic: Gic, state: Saved) -> None:
         levels = shared.data("levels", (_ALL - _PRIVATE) // 8)
         for first in range(_PRIVATE, _ALL, 32):
             _set_level_word(gic, 0, first, levels[(first - _PRIVATE) // 8 :][:4])
-    bank.restore(shared, regs.DISTRIBUTOR)
     shared.end()
     if its is not None:
         _restore_its(gic, its)
