@@ -287,6 +287,15 @@ def use_one_heap() -> None:
     mallopt(_Int(_M_ARENA_MAX), _Int(1))
 
 
+def trim_heap() -> None:
+    """Give back pages of the C library's heap that nothing is in."""
+    try:
+        malloc_trim = _CFunction(_ctypes.dlsym(_libc, "malloc_trim"))
+    except OSError:
+        return  # another C library, with other ways
+    malloc_trim(_Word(0))
+
+
 def machine_code(code: bytes) -> _CFunction:
     """A function without arguments that is `code`, in a page of its own that is never writable. Raises: OSError."""
     fd = posix.memfd_create("stratovirt-code", posix.MFD_CLOEXEC)

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 
-from stratovirt import log
+from stratovirt import hostmap, log
 from stratovirt.errors import ConfigError, HostError, StratoVirtError
 from stratovirt.launcher import listening, wire
 
@@ -114,7 +114,8 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     """Until a signal, or until it has been idle for long enough. Raises: StratoVirtError."""
     from stratovirt.launcher import clone as _clone  # noqa: F401  # its children need it, and shall not have to import it
     from stratovirt.launcher import pages
-    from stratovirt.launcher.practice import fill_gaps, practise, rehearse
+    from stratovirt.launcher.practice import fill_gaps, practise, rehearse, settle
+    from stratovirt.launcher.sample import FirstMachines
     from stratovirt.launcher.server import Launcher
     from stratovirt.launcher.templates import Templates, root_of
     from stratovirt.launcher.warm import warm_up
@@ -123,6 +124,7 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     pages.keep_arenas()
     warm_up()
     practise()
+    settle()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each machine that runs
     os.chdir("/")
@@ -139,14 +141,24 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     # Whatever is here now stays: a collection that looked through it would copy its pages in every child.
     gc.freeze()
     gc.disable()
-    pages.share(places)
+    sharing = pages.Sharing(places)
     for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, lambda _number, _frame: end())
-    if report is not None:
-        report("")  # before there is a child, which would keep the stderr of who started the daemon
-    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end, rehearse, make_ahead, templates)
-    if report is None:
-        log.info(f"listening at {os.fsdecode(socket.path) or 'the socket of systemd'}")
+    launcher = Launcher(loop, socket.socket, start_machine, soft, idle, end, rehearse, make_ahead, templates, serving=False)
+
+    def begin() -> None:
+        if report is not None:
+            report("")  # while there is no child, which would keep the stderr of who started the daemon
+        hostmap.trim_heap()
+        launcher.begin()
+        if report is None:
+            log.info(f"listening at {os.fsdecode(socket.path) or 'the socket of systemd'}")
+
+    hostmap.trim_heap()
+    if sharing.share():
+        FirstMachines(launcher, loop, sharing, begin)
+    else:
+        begin()
     loop.run()
     kept.clear()
     launcher.close()

@@ -4,7 +4,8 @@ An interpreter writes where it only reads, counts of references above all. After
 when the counts have come back to what they were a third of the copies are for nothing. Here is how they end:
 
     launcher   keep_arenas     first of all: from now on the interpreter's arenas stay where they are
-               share           once warm: arenas become a private mapping of a file in memory, sealed; children inherit it
+               Sharing         once warm: arenas become a private mapping of a file in memory; children inherit it. The file
+                               gets pages as a first machine has them at rest (`sample.py`), and is sealed
     machine    GiveBack        once at rest, then at growing intervals: pages of its own that equal the file's are dropped,
                                and what is read there next is the file's page, which all share
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import mmap
 import os
 import sys
 
@@ -34,10 +36,10 @@ if TYPE_CHECKING:
 
     from stratovirt.loop import EventLoop
 
-FIRST_SECONDS = 0.15  # after a machine's start; then twice as long each time
+FIRST_SECONDS = 0.02  # after a machine's start; then twice as long each time
 LONGEST_SECONDS = 60.0
-_SLICE_SECONDS = 0.002
-_SLICE = 128  # pages, some 100 us
+_SLICE_SECONDS = 0.001
+_SLICE = 128  # pages, some 100 us, and 400 when all are given back
 
 _ARENA, _POOL = 1 << 20, 1 << 14  # of an interpreter for 64 bits, 3.10 and later
 _SMALL = 512  # what is larger is not in an arena
@@ -84,33 +86,85 @@ def find() -> list[tuple[int, int]]:
     return _runs(pools | _early_pools())
 
 
-def share(runs: list[tuple[int, int]]) -> int:
-    """Let memory be shared with children for good; how many bytes. Once, with one thread.
+class Copies:
+    """Pages of a process: `places` in the file and in memory, `content` one after the other.
 
-    Nothing is written to a page of it that this process has not copied first, as after a fork.
+    Outside of the heap, where it would leave a hole of a size that machines have to do with.
     """
-    if compiled is None or not runs or len(os.listdir("/proc/self/task")) > 1:
-        return 0
-    offset = 0
-    try:
-        fd = os.memfd_create("stratovirt-launcher", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+    def __init__(self, places: list[tuple[int, int]]) -> None:
+        self.places = places
+        self._memory = mmap.mmap(-1, max(1, len(places)) * hostmap.PAGE_SIZE)
+        self.content = memoryview(self._memory)
+
+    def close(self) -> None:
+        self.content.release()
+        self._memory.close()
+
+
+class Sharing:
+    """Lets memory be shared with children for good: from `share` on as this process has it. Once, with one thread.
+
+    Nothing is written to a page of it that this process has not copied first, as after a fork. Children whose pages the file is
+    to have are looked at and end before `take_over`; all others come after `seal`.
+    """
+
+    def __init__(self, runs: list[tuple[int, int]]) -> None:
+        self._runs = runs
+        self._fd = -1
+
+    def share(self) -> bool:
+        """False: nothing is shared."""
+        if compiled is None or not self._runs or len(os.listdir("/proc/self/task")) > 1:
+            return False
+        offset = 0
         try:
-            length = sum(length for _, length in runs)
-            os.ftruncate(fd, length)
-            view = hostmap.map_readable(fd, length)
-            for address, size in runs:
-                compiled.lay_file_over(fd, address, size, offset)
+            self._fd = os.memfd_create("stratovirt-launcher", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            length = sum(length for _, length in self._runs)
+            os.ftruncate(self._fd, length)
+            view = hostmap.map_readable(self._fd, length)
+            for address, size in self._runs:
+                compiled.lay_file_over(self._fd, address, size, offset)
                 _shared.append((address, size, view + offset))
                 offset += size
-                hostmap.touch(address, size)
-            # A page that only one machine reads is then counted as shared with this process, which it is, not as the machine's.
-            hostmap.touch(view, length)
-        finally:
-            fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)  # nobody who finds a way to the file can change what all read
-            os.close(fd)
-    except (OSError, HostError) as error:
-        log.debug(f"memory is shared by fork only, but for {offset >> 10} KiB: {error}")
-    return offset
+        except (OSError, HostError) as error:
+            log.debug(f"memory is shared by fork only, but for {offset >> 10} KiB: {error}")
+        return offset > 0
+
+    def look(self, pid: int) -> Copies:
+        """Pages of a child that have been copied. Raises: OSError."""
+        page, offset = hostmap.PAGE_SIZE, 0
+        places: list[tuple[int, int]] = []
+        with open(f"/proc/{pid}/pagemap", "rb", 0) as pagemap, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+            for address, length, _ in _shared:
+                states = memoryview(os.pread(pagemap.fileno(), length // page * 8, address // page * 8)).cast("Q")
+                places += [(offset + at, address + at) for at, state in zip(range(0, length, page), states, strict=True)
+                           if state >> 63 and not state >> 61 & 1]
+                offset += length
+            copies = Copies(places)
+            for at, (_, address) in enumerate(places):
+                os.preadv(memory.fileno(), [copies.content[at * page : at * page + page]], address)
+        return copies
+
+    def take_over(self, copies: Copies) -> int:
+        """Let the file have these pages; how many differ. No child may be there, as it would see that. Raises: OSError."""
+        page, changed = hostmap.PAGE_SIZE, 0
+        for at, (offset, address) in enumerate(copies.places):
+            content = copies.content[at * page : at * page + page]
+            if os.pread(self._fd, page, offset) != content:
+                compiled.set_file_page(self._fd, offset, address, content)  # type: ignore[union-attr]  # `share` has looked
+                changed += 1
+        return changed
+
+    def seal(self) -> None:
+        """The file stays as it is."""
+        if self._fd < 0:
+            return
+        fcntl.fcntl(self._fd, _F_ADD_SEALS, _SEALS)  # nobody who finds a way to the file can change what all read
+        os.close(self._fd)
+        self._fd = -1
+        for _, length, view in _shared:
+            hostmap.touch(view, length)  # or a page that only one machine reads would be counted as that machine's alone
 
 
 def _early_pools() -> set[int]:

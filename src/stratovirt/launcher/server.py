@@ -66,6 +66,7 @@ class Launcher:
     arguments of the last machine, whose result is in the attachment later. `start(arguments, attachment)` runs in the child
     when it has its request, and returns the machine's exit status, or ends the process itself.
     `templates` are what clones are made of; without, there are none.
+    `serving`: from now on, not from `begin` on.
     `soft_limit` is how many files a machine may have open, `idle` after how many seconds without one `on_idle` is called
     (0: never).
     """
@@ -74,7 +75,7 @@ class Launcher:
                  soft_limit: int, idle: float = 0.0, on_idle: Callable[[], None] = lambda: None,
                  rehearse: Callable[[], None] = lambda: None,
                  make_ahead: Callable[[list[str]], KvmAhead | None] = lambda last: None,
-                 templates: Templates | None = None) -> None:
+                 templates: Templates | None = None, serving: bool = True) -> None:
         self._loop = loop
         self._listener = listener
         self._soft_limit = soft_limit
@@ -86,6 +87,7 @@ class Launcher:
         self._spare: Spare | None = None
         self._clone_spare: Spare | None = None
         self._closed = False
+        self._serving = self._waiting = False
         self._idle_timer: Timer | None = None
         self._user = os.geteuid()
         self._silent: dict[int, tuple[_socket.socket, Timer]] = {}  # connections whose request has not come, oldest first
@@ -94,8 +96,14 @@ class Launcher:
         self._buffer = bytearray(wire.MAX_REQUEST + 1)
         self._view = memoryview(self._buffer)
         listener.setblocking(False)
-        loop.add(listener.fileno(), READ, self._on_connections)
         self._watch_signals()
+        if serving:
+            self.begin()
+
+    def begin(self) -> None:
+        """Serve who comes to the listener."""
+        self._serving, self._waiting = True, False
+        self._loop.add(self._listener.fileno(), READ, self._on_connections)
         self._consider_idling()
         self._make_spare()
 
@@ -120,6 +128,19 @@ class Launcher:
         self._reap()
 
     # -- clients
+
+    def serve(self, connection: _socket.socket) -> None:
+        """Serve a client that did not come by the listener."""
+        connection.setblocking(False)
+        self._greet(connection)
+
+    def start_over(self) -> None:
+        """Let go of what was made for the next machine, and make no more until `begin`."""
+        self._waiting = True
+        self._last = []
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
 
     def _on_connections(self, _events: int) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
@@ -313,7 +334,7 @@ class Launcher:
 
     def _make_spare(self, template: Template | None = None) -> None:
         """Fork the child that waits for the next request, or the next for a clone of `template`, unless there is one."""
-        if self._closed:
+        if self._closed or self._waiting:
             return
         if template is not None:
             spare = self._clone_spare
@@ -395,7 +416,7 @@ class Launcher:
         return False
 
     def _consider_idling(self) -> None:
-        if self._idle and not self._machines and not self._handed and self._idle_timer is None:
+        if self._serving and self._idle and not self._machines and not self._handed and self._idle_timer is None:
             self._idle_timer = self._loop.call_later(self._idle, self._on_idle_timer)
 
     def _on_idle_timer(self) -> None:

@@ -2,12 +2,12 @@
  *
  * A function comes here only when a benchmark has shown that it is worth it, and has a version in Python that does the same,
  * to which tests hold it. It stands in a C file with others of its kind, and in _native.pyi. Nothing here keeps state.
- * The exception to all of this is pages.c: Python cannot do it, and without it nothing is done.
+ * The exceptions are pages.c and code.c: Python cannot do it, and without it nothing is done.
  */
 #include "rings.h"
 
 /* Must be INTERFACE of __init__.py. Count up when a function, its arguments or its result change. */
-#define INTERFACE 4
+#define INTERFACE 5
 
 static PyObject *full_barrier(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(nothing))
 {
@@ -21,8 +21,10 @@ static PyMethodDef functions[] = {
     {"keep_arenas", keep_arenas, METH_NOARGS, "From now on an arena of the interpreter is never unmapped."},
     {"kept_arenas", kept_arenas, METH_NOARGS, "Addresses of the arenas that were made since keep_arenas."},
     {"lay_file_over", lay_file_over, METH_VARARGS, "(fd, address, length, offset): memory becomes a private mapping of a file."},
+    {"set_file_page", set_file_page, METH_VARARGS, "(fd, offset, address, content): the file's page becomes another."},
     {"give_back_equal", give_back_equal, METH_VARARGS,
      "(pagemap, address, file_address, count): give back pages that equal the file's; how many."},
+    {"settle_code", settle_code, METH_O, "The interpreter writes to this code no more."},
     {NULL, NULL, 0, NULL},
 };
 

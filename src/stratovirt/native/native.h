@@ -9,6 +9,10 @@
 PyObject *keep_arenas(PyObject *module, PyObject *nothing);
 PyObject *kept_arenas(PyObject *module, PyObject *nothing);
 PyObject *lay_file_over(PyObject *module, PyObject *arguments);
+PyObject *set_file_page(PyObject *module, PyObject *arguments);
 PyObject *give_back_equal(PyObject *module, PyObject *arguments);
+
+/* code.c */
+PyObject *settle_code(PyObject *module, PyObject *code);
 
 #endif

@@ -2,10 +2,11 @@
  *
  * The interpreter's memory is its arenas, in which all objects of up to 512 bytes are. It has one property that everything here
  * rests on: who writes there holds the interpreter's lock, but for the kernel, which puts results of system calls into
- * buffers while other threads run.
+ * buffers while other threads run. Functions of this module that let go of the lock write to guest memory and to their stacks, and
+ * to nothing that is small enough for an arena.
  */
 #define _GNU_SOURCE /* mremap */
-#include "native.h"
+#include "rings.h"
 
 #include <stdint.h>
 #include <string.h>
@@ -16,6 +17,9 @@
 #define ARENA_SIZE ((size_t)1 << 20)
 #define MOST_ARENAS 1024
 #define MOST_PAGES 256
+
+#define LARGEST_IN_ARENAS 512
+_Static_assert(sizeof(struct ring) > LARGEST_IN_ARENAS, "written without the interpreter's lock");
 
 #ifndef MREMAP_DONTUNMAP
 #define MREMAP_DONTUNMAP 4 /* Linux 5.7; for files since 5.13 */
@@ -101,6 +105,24 @@ PyObject *lay_file_over(PyObject *Py_UNUSED(module), PyObject *arguments)
         done += written;
     }
     if (mmap((void *)address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, offset) == MAP_FAILED)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+/* What the file has there becomes something else. This process does not see it: it gets a copy of the page first. */
+PyObject *set_file_page(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    int fd;
+    Py_ssize_t offset, address;
+    Py_buffer content;
+    if (!PyArg_ParseTuple(arguments, "inny*:set_file_page", &fd, &offset, &address, &content))
+        return NULL;
+    volatile char *const here = (char *)address;
+    *here = *here;
+    const ssize_t written = pwrite(fd, content.buf, content.len, offset);
+    const int whole = written == content.len;
+    PyBuffer_Release(&content);
+    if (!whole)
         return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
