@@ -14,7 +14,7 @@ NOT_ON_AARCH64 = {
     "test_other_forms_of_the_small_kernel": "bzImage and flat binaries are x86_64 kernels",
     "test_a_pod_with_three_volumes": "it names a bzImage, as Kata's driver does on x86_64",
     "test_vhost_user_net.py": "DPDK's threads never sleep, and the emulated host has two processors for all that runs in it",
-    "test_a_guest_goes_on_with_the_same_back_ends_in_another_machine": "DPDK, as above",
+    "test_disk_and_network_go_on_in_another_machine": "DPDK, as above",
     "test_two_guests_of_one_snapshot_know_that_they_are_two": "Linux reads the generation ID of a device tree since 6.10 only",
 }
 # On arm64 these count as long: each repeats, on another kernel, engine, end or number of processors, what another test of its
@@ -57,6 +57,7 @@ LONG_ON_AARCH64 = (
     "test_a_disk_is_there_again_after_a_reset",
     "test_a_disk_whose_back_end_is_killed",
     "test_a_paused_machine_leaves_its_disk_alone",
+    "test_a_disk_of_another_process_goes_on_in_another_machine",
     "test_an_inherited_descriptor_with_its_cid_reserved",
     "test_sockets_work_again_after_a_reset",
 )
