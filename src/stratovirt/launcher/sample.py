@@ -16,6 +16,7 @@ import time
 
 from stratovirt import log
 from stratovirt.launcher import practice, wire
+from stratovirt.loop import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +59,20 @@ class FirstMachines:
             self._connections.append(ours)
             _request(ours)
             self._launcher.serve(theirs)
-            pid = _pid(ours)
+        except OSError as error:
+            self._end(None, error.strerror or "")
+            return
+        # The answer needs this loop: the launcher waits for the child's word that it has the request.
+        self._asked = ours
+        self._late = self._loop.call_later(_SECONDS, lambda: self._on_answer(None))
+        self._loop.add(ours.fileno(), READ, lambda _events: self._on_answer(ours))
+
+    def _on_answer(self, connection: _socket.socket | None) -> None:
+        """There is a machine, or none; None: nobody answers."""
+        self._loop.remove(self._asked.fileno())
+        self._late.cancel()
+        try:
+            pid = _pid(connection) if connection is not None else 0
         except OSError as error:
             self._end(None, error.strerror or "")
             return
