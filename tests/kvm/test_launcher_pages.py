@@ -55,6 +55,27 @@ def own_pages(pid: int) -> int:
     return total
 
 
+def test_a_launcher_learns_from_its_first_machines(tmp_path: Path) -> None:
+    """Their answers need the launcher's own loop, and so nothing there may wait for them."""
+    result = tmp_path / "result"
+    code = f"""import sys; sys.path.insert(0, {str(SOURCE)!r})
+from stratovirt.launcher import sample
+end = sample.FirstMachines._end
+def note(self, copies, problem=""):
+    with open({str(result)!r}, "w") as file:
+        file.write(problem or f"{{len(self._pids)}} machines")
+    end(self, copies, problem)
+sample.FirstMachines._end = note
+from stratovirt.__main__ import main
+sys.exit(main())"""
+    launcher = Warm(tmp_path / "launcher.sock", [sys.executable, "-IS", "-c", code])
+    try:
+        until(result.exists)
+    finally:
+        launcher.close()
+    assert result.read_text() == "3 machines"
+
+
 def test_a_machine_at_rest_has_fewer_pages_of_its_own_and_does_everything(kernel, usual: Warm, tmp_path: Path) -> None:
     log, qmp, snap = tmp_path / "log", tmp_path / "qmp", tmp_path / "snap"
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
