@@ -15,7 +15,11 @@ SLOTS = 1 << 16
 
 
 def note_first_writes(path: str) -> None:
-    """Have each child note it once; the launcher's own machines, before it serves, do not count."""
+    """Have each child note it once; the launcher's own machines, before it serves, do not count.
+
+    A vCPU's run loop looks `write` up once and calls what it has found for every port write, so the first one has to be told
+    from those that follow.
+    """
     from stratovirt.address_map import AddressMap
     from stratovirt.launcher import practice
 
@@ -23,12 +27,14 @@ def note_first_writes(path: str) -> None:
     times = memoryview(mmap.mmap(fd, SLOTS * 8)).cast("Q")
     os.close(fd)
     write = AddressMap.write
+    waiting = [True]  # each child has its own
 
     def first(self: AddressMap, address: int, size: int, value: int) -> None:
         now = time.monotonic_ns()
-        AddressMap.write = write  # type: ignore[method-assign]
         write(self, address, size, value)
-        times[os.getpid() % SLOTS] = now
+        if waiting:
+            waiting.clear()
+            times[os.getpid() % SLOTS] = now
 
     fill_gaps = practice.fill_gaps
 

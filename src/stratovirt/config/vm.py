@@ -28,6 +28,11 @@ class SmpConfig:
         self.cores = cores
         self.threads = threads
 
+    __hash__ = None  # type: ignore[assignment]  # it can be changed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SmpConfig) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
 
 class CharDeviceConfig:
     """A character device: `kind` is stdio, pty, file, socket or redirect-to-log.

@@ -9,7 +9,7 @@ import sys
 import time
 
 from stratovirt import hostmap, log
-from stratovirt.errors import ConfigError, HostError, StratoVirtError
+from stratovirt.errors import ConfigError, StratoVirtError
 from stratovirt.launcher import listening, wire
 
 TYPE_CHECKING = False
@@ -33,6 +33,7 @@ A warm process of this user that starts machines for `stratovirt --warm` in a fe
   --daemonize      go to the background once it listens
 """
 _MAX_IDLE = 365 * 86400
+_MOST_AHEAD = 16  # vCPUs of a machine that may never be asked for
 
 
 class Options:
@@ -166,23 +167,24 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
 
 
 def make_ahead(last: list[str]) -> KvmAhead | None:
-    """In the spare child; `last` is what the last machine was. The next often is of the same size.
+    """In the spare child; `last` is what the last machine was. The next often is of the same kind.
 
     None: the machine will say itself what is wrong with KVM, if anything is by then.
     """
     from stratovirt.cli.command import parse
     from stratovirt.machine.kvm import KvmAhead
 
-    memory_size = 0
+    config = None
     if last:
         try:
             config = parse(last)
-            memory_size = config.memory_size if config.ram is None else 0
+            if config.smp.cpus > _MOST_AHEAD:
+                config = None
         except StratoVirtError as error:
-            log.debug(f"no size to go by: {error}")
+            log.debug(f"nothing to go by: {error}")
     try:
-        return KvmAhead(memory_size)
-    except HostError as error:
+        return KvmAhead(config)
+    except StratoVirtError as error:
         log.debug(f"no VM ahead: {error}")
         return None
 

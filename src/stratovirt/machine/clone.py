@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from stratovirt.config.vm import VmConfig
-    from stratovirt.hypervisor.kvm.vm import KvmVm
     from stratovirt.snapshot.chain import Chain
 
 
@@ -45,18 +44,20 @@ class CloneAhead(KvmAhead):
 
     def __init__(self, mapped: MappedTemplate) -> None:
         self._mapped = mapped
-        super().__init__()
-        self._memory = mapped.regions
+        super().__init__(mapped.config)
         self.incoming = mapped.incoming
 
-    def _create_vm(self) -> KvmVm:
-        self.processors = processors = Processors(self.system, self._mapped.config)
+    def _create_memory(self, config: VmConfig) -> list[RamRegion]:
+        return self._mapped.regions
+
+    def _create_processors(self, config: VmConfig | None) -> Processors:
+        processors = Processors(self.system, self._mapped.config)
         try:
             for region in self._mapped.regions:
                 processors.vm.add_memory(region)
             processors.create_all()
             self._mapped.incoming.prepare(processors)
         except (ConfigError, HostError):
-            processors.vm.close()
+            processors.let_go()
             raise
-        return processors.vm
+        return processors

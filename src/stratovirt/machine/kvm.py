@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from stratovirt.errors import HostError, StateError
+from stratovirt.errors import ConfigError, HostError, StateError
 from stratovirt.hostmap import HostMapping
 from stratovirt.hypervisor.kvm.system import KvmSystem
 from stratovirt.machine.board import Processors, layout
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from stratovirt.address_map import AddressMap
     from stratovirt.config.vm import VmConfig
     from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
-    from stratovirt.hypervisor.kvm.vm import KvmVm
     from stratovirt.loop import EventLoop
     from stratovirt.machine.boot import Boot
     from stratovirt.machine.snapshot import Incoming
@@ -94,37 +93,49 @@ if TYPE_CHECKING:
 class KvmAhead:
     """What KVM can be asked for before it is known what machine it is for, so that the machine need not wait.
 
-    It is of the process that makes it: a VM cannot be used after a fork. `memory_size` is a guess at what the machine will
-    have, in bytes, or 0. `CloneAhead` in `machine/clone.py` has more: the memory of a template, processors, and the snapshot
-    that they are restored from. Raises: HostError.
+    It is of the process that makes it: a VM cannot be used after a fork. `config` is a guess at what the machine will be, and
+    memory and processors are made as it says. `CloneAhead` in `machine/clone.py` has more: the memory of a template, and the
+    snapshot that its processors are restored from. Raises: ConfigError, HostError.
     """
 
-    def __init__(self, memory_size: int = 0) -> None:
+    def __init__(self, config: VmConfig | None = None) -> None:
         self.system = KvmSystem()
-        self.processors: Processors | None = None
         self.incoming: Incoming | None = None
         self._memory: list[RamRegion] = []
         try:
-            if memory_size:
-                self._memory = [RamRegion(base, HostMapping(size)) for base, size in layout.ram_ranges(memory_size)]
-            self.vm = self._create_vm()
-        except HostError:
+            if config is not None and config.ram is None:
+                self._memory = self._create_memory(config)
+            self.processors = self._create_processors(config)
+        except (ConfigError, HostError):
             self.system.close()
             raise
 
-    def _create_vm(self) -> KvmVm | None:
-        return Processors.create_ahead(self.system, self._memory)
+    def _create_memory(self, config: VmConfig) -> list[RamRegion]:
+        return [RamRegion(base, HostMapping(size)) for base, size in layout.ram_ranges(config.memory_size)]
+
+    def _create_processors(self, config: VmConfig | None) -> Processors | None:
+        return Processors.create_ahead(self.system, config, self._memory)
 
     def _holders(self) -> list[Holder]:
-        made: list[Holder] = [] if self.processors is None else [*self.processors.vcpus, *self.processors.devices]
-        return [self.system, *([] if self.vm is None else [self.vm]), *made]
+        made = self.processors
+        return [self.system] if made is None else [self.system, made.vm, *made.vcpus, *made.devices]
+
+    def take_processors(self, config: VmConfig) -> Processors | None:
+        """None: there are none, or they were for another kind of machine, and have been let go."""
+        made = self.processors
+        if made is not None and not made.become(config):
+            made.let_go()
+            self.processors = made = None
+        return made
 
     def take_memory(self, ranges: list[tuple[int, int]]) -> list[RamRegion]:
-        """What the VM has in its slots, if that is memory in `ranges`; else [], and it has none any more. Raises: HostError."""
+        """What the VM has in its slots, if that is memory in `ranges`; else [], and it has none any more. After
+        `take_processors`. Raises: HostError.
+        """
         memory, self._memory = self._memory, []
-        if self.vm is None or [(region.base, region.size) for region in memory] == ranges:
-            return memory if self.vm is not None else []
-        self.vm.remove_memory()
+        if self.processors is None or [(region.base, region.size) for region in memory] == ranges:
+            return memory if self.processors is not None else []
+        self.processors.vm.remove_memory()
         return []
 
     def descriptors(self) -> list[int]:
@@ -137,11 +148,9 @@ class KvmAhead:
 
     def let_go(self) -> None:
         """It is not wanted."""
-        from stratovirt.hypervisor.kvm.teardown import let_go
-
         self.system.close()
-        if self.vm is not None:
-            let_go(self.vm.fd)
+        if self.processors is not None:
+            self.processors.let_go()
 
 
 class KvmAccelerator:
@@ -158,8 +167,8 @@ class KvmAccelerator:
                  on_exit: Callable[[KvmVcpu, str, int], None], on_dead: Callable[[], None],
                  ahead: KvmAhead | None = None) -> None:
         self.system = KvmSystem() if ahead is None else ahead.system
-        made = None if ahead is None else ahead.processors
-        self.processors = made or Processors(self.system, config, None if ahead is None else ahead.vm)
+        made = None if ahead is None else ahead.take_processors(config)
+        self.processors = made or Processors(self.system, config)
         self.vm = self.processors.vm
         self.threads: VcpuThreads | None = None
         self._ports = ports

@@ -93,6 +93,10 @@ BOOT_MSRS: list[tuple[int, int]] = [
     (_MSR_TSC, 0), (_MSR_MISC_ENABLE, _MISC_ENABLE_FAST_STRING), (_MSR_MTRR_DEF_TYPE, 0),
 ]
 
+FIRST_TSC: list[tuple[int, int]] = [(_MSR_TSC, 1)]
+"""For a vCPU that has waited. KVM takes 0 for "as the others have it", and what is within a second for that as well: a counter
+that has run for less goes on."""
+
 _LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
 _DELIVERY_MODE_MASK, _DELIVERY_NMI, _DELIVERY_EXTINT, _LVT_MASKED = 0x700, 0x400, 0x700, 1 << 16
 

@@ -5,6 +5,8 @@ KVM wants the vCPUs before the GIC is initialized, and that before any irqfd. So
 
 from __future__ import annotations
 
+import posix
+
 from stratovirt.arch.aarch64 import gic, layout
 from stratovirt.arch.aarch64.registers import mpidr
 from stratovirt.errors import ConfigError, HostError
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 class Processors:
     """All processors of `vm`. Thread: the main loop's. Raises: ConfigError, HostError."""
 
-    def __init__(self, system: KvmSystem, config: VmConfig, vm: None = None) -> None:
+    def __init__(self, system: KvmSystem, config: VmConfig) -> None:
         cpus = config.smp.cpus
         self.vm = Arm64Vm(system, layout.address_bits(cpus, config.memory_size))
         self.vcpus: list[Arm64Vcpu] = []
@@ -49,9 +51,22 @@ class Processors:
         self._gic: Gic | None = None
         self._prepared: Prepared | None = None
 
-    @staticmethod
-    def create_ahead(system: KvmSystem, memory: list[RamRegion]) -> None:
-        """Nothing: the width of addresses and the GIC depend on the size of memory and the number of CPUs."""
+    @classmethod
+    def create_ahead(cls, system: KvmSystem, config: VmConfig | None, memory: list[RamRegion]) -> Processors | None:
+        """None: the width of addresses and the GIC depend on the size of memory and the number of CPUs."""
+        return None
+
+    def become(self, config: VmConfig) -> bool:
+        """Be the processors of that machine, which is the one that they were made for."""
+        return True
+
+    def let_go(self) -> None:
+        """Nobody wants them."""
+        from stratovirt.hypervisor.kvm.teardown import let_go
+
+        for fd in [*(vcpu.fd for vcpu in self.vcpus), *(device.fd for device in self.devices)]:
+            posix.close(fd)
+        let_go(self.vm.fd)
 
     def create_interrupt_chips(self) -> str:
         """The vCPUs and the GIC, if they are not there yet. The name of the GIC."""

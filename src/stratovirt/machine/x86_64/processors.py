@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stratovirt.arch.x86_64 import cpuid, layout, registers
+from stratovirt.config.vm import VmConfig
 from stratovirt.errors import ConfigError, HostError
 from stratovirt.hypervisor.kvm import _uapi as uapi
 from stratovirt.hypervisor.kvm.vcpu import KvmVcpu
@@ -13,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stratovirt.config.vm import SmpConfig, VmConfig
+    from stratovirt.config.vm import SmpConfig
     from stratovirt.hypervisor.kvm.system import KvmSystem
     from stratovirt.loop import EventLoop
     from stratovirt.machine.vcpus import VcpuThreads
@@ -23,15 +24,12 @@ if TYPE_CHECKING:
 
 
 class Processors:
-    """All processors of `vm`, which is that of `create_ahead` if it is given. Thread: the main loop's.
+    """All processors of `vm`. Thread: the main loop's. Raises: ConfigError, HostError."""
 
-    Raises: ConfigError, HostError.
-    """
-
-    def __init__(self, system: KvmSystem, config: VmConfig, vm: KvmVm | None = None) -> None:
-        self.vm = vm or KvmVm(system)
-        self._has_chips = vm is not None
+    def __init__(self, system: KvmSystem, config: VmConfig) -> None:
+        self.vm = KvmVm(system)
         self.vcpus: list[KvmVcpu] = []
+        self._has_chips = False
         self._system = system
         self._smp = config.smp
         self._prepared: Prepared | None = None
@@ -46,27 +44,49 @@ class Processors:
             _create_chips(self.vm)
         return ""
 
-    @staticmethod
-    def create_ahead(system: KvmSystem, memory: list[RamRegion]) -> KvmVm | None:
-        """A VM as any machine will want it; None where that depends on what machine it is. Raises: HostError.
+    @classmethod
+    def create_ahead(cls, system: KvmSystem, config: VmConfig | None, memory: list[RamRegion]) -> Processors | None:
+        """Those of a machine that is like `config`; without, a VM as any machine will want it, and no vCPU yet.
 
-        If it gets its memory later, that is not expensive, in spite of the chips: the grace period of KVM's that begins with
-        them will have passed. A vCPU is not made yet, because its time stamp counter would run.
+        None where nothing can be made without `config`. Raises: ConfigError, HostError.
+
+        If the VM gets its memory later, that is not expensive, in spite of the chips: the grace period of KVM's that begins
+        with them will have passed.
         """
-        vm = KvmVm(system)
+        made = cls(system, config or VmConfig())
         try:
             for region in memory:
-                vm.add_memory(region)
-            _create_chips(vm)
-            system.supported_cpuid()
-        except HostError:
-            vm.close()
+                made.vm.add_memory(region)
+            if config is not None:
+                made.create_all()
+            else:
+                _create_chips(made.vm)
+                made._has_chips = True
+                system.supported_cpuid()
+        except (ConfigError, HostError):
+            made.let_go()
             raise
-        return vm
+        return made
+
+    def become(self, config: VmConfig) -> bool:
+        """Be the processors of that machine. False: they are of another kind."""
+        if self.vcpus and self._smp != config.smp:
+            return False
+        self._smp = config.smp
+        return True
+
+    def let_go(self) -> None:
+        """Nobody wants them."""
+        from stratovirt.hypervisor.kvm.teardown import let_go
+
+        for vcpu in self.vcpus:
+            vcpu.close()
+        let_go(self.vm.fd)
 
     def create_all(self) -> None:
-        """Chips and vCPUs, for `prepare`. After memory. Raises: ConfigError, HostError."""
+        """Chips and vCPUs, ahead of the machine. After memory. Raises: ConfigError, HostError."""
         _create_chips(self.vm)
+        self._has_chips = True
         self.create()
 
     @property
@@ -76,7 +96,12 @@ class Processors:
 
     def create(self) -> None:
         """The vCPUs: the first is runnable, the others wait for their start-up IPI."""
-        if self._prepared is None:
+        if self._prepared is not None:
+            return
+        if self.vcpus:  # made ahead: their time stamp counters have run
+            for vcpu in self.vcpus:
+                vcpu.set_msrs(registers.FIRST_TSC)
+        else:
             self.vcpus = create_vcpus(self._system, self.vm, topology_of(self._smp), self._smp.max_cpus)
 
     def reset(self) -> None:
