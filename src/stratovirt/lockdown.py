@@ -27,8 +27,8 @@ DISK_MODULES = (
 
 
 class Lockdown:
-    """One process's sandbox. `loop` is the main thread's. `made` comes from `make_sandbox`, in this process and for the same
-    configuration.
+    """One process's sandbox. `loop` is the main thread's. `made` comes from `make_sandbox`, in this process; for another
+    configuration it may not do.
 
     Thread: the main thread, before it starts others. Raises: HostError when the host cannot do it.
     """
@@ -39,7 +39,12 @@ class Lockdown:
             raise HostError("this host forbids pages of machine code, so rings are ordered by membarrier(2), which no filter "
                             "allows", 0, "-disable-seccomp runs the machine without filters")
         self._has_disks = bool(config.drives or config.qmp)  # a QMP client may plug one in
-        self._sandbox = made if made is not None else make_sandbox(config)
+        if made is not None and made.grants == _grants(config):
+            made.move_log(log.LOG.fd)
+        else:
+            made = make_sandbox(config)
+        self._sandbox = made
+        made.begin()
         # Threads that are confined before this one may have something to tell.
         log.LOG.rotate_through(loop.call_soon, self._sandbox.move_log)
 
@@ -62,5 +67,9 @@ class Lockdown:
 
 
 def make_sandbox(config: VmConfig) -> Sandbox:
-    """What a machine of `config` is confined by. From here on this process gets no new privileges. Raises: HostError."""
-    return Sandbox(log.LOG.fd, any(drive.aio == "io_uring" for drive in config.drives.values()), bool(config.vhost_users))
+    """What a machine of `config` is confined by, later. Raises: HostError."""
+    return Sandbox(log.LOG.fd, *_grants(config))
+
+
+def _grants(config: VmConfig) -> tuple[bool, bool]:
+    return any(drive.aio == "io_uring" for drive in config.drives.values()), bool(config.vhost_users)

@@ -97,7 +97,7 @@ def test_more_memory_than_fits_below_the_devices(kernel) -> None:
 
 def test_the_next_machine_is_guessed_from_the_last() -> None:
     def guess(*words: str) -> tuple[list[tuple[int, int]], int]:
-        ahead = make_ahead(list(words))
+        ahead, _sandbox = make_ahead(list(words))
         assert ahead is not None
         assert ahead.processors is not None
         made = [(region.base, region.size) for region in ahead._memory], len(ahead.processors.vcpus)

@@ -191,7 +191,9 @@ def test_a_host_without_filters(kernel, tmp_path: Path) -> None:
 from stratovirt.sandbox import kernel
 code = ((0x20, 0, 0, 0), (0x15, 0, 1, 317), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7fff0000))
 real, kernel.FILTERS = kernel.FILTERS, [b"".join(struct.pack("<HBBI", *one) for one in code)]
-kernel.Sandbox(2).confine(0)
+sandbox = kernel.Sandbox(2)
+sandbox.begin()
+sandbox.confine(0)
 kernel.FILTERS = real
 from stratovirt.__main__ import main
 sys.exit(main())"""

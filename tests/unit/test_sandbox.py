@@ -352,6 +352,7 @@ from stratovirt.sandbox.kernel import Sandbox
 from stratovirt.hostmap import syscall
 {prepare}
 sandbox = Sandbox(2)
+sandbox.begin()
 def act():
     sandbox.confine({kind})
     {act}

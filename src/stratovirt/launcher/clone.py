@@ -46,11 +46,12 @@ def make_ahead(mapped: MappedTemplate | None) -> CloneAhead | None:
         return None
 
 
-def make_sandbox(template: Template) -> Sandbox | None:
-    if not template.config.seccomp:
+def make_sandbox(config: VmConfig) -> Sandbox | None:
+    """With filters that need not be made any more. None: there are to be none, or the start will come upon the same."""
+    if not config.seccomp:
         return None
     try:
-        sandbox = lockdown.make_sandbox(template.config)
+        sandbox = lockdown.make_sandbox(config)
     except StratoVirtError as error:
         log.debug(f"no sandbox ahead: {error}")
         return None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from stratovirt.launcher.child import Attachment
     from stratovirt.machine.kvm import KvmAhead
+    from stratovirt.sandbox.kernel import Sandbox
 else:
     import _signal  # see process.py
 
@@ -156,22 +157,22 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
             log.info(f"listening at {os.fsdecode(socket.path) or 'the socket of systemd'}")
 
     hostmap.trim_heap()
-    if sharing.share():
-        FirstMachines(launcher, loop, sharing, begin)
-    else:
-        begin()
+    sharing.share()
+    FirstMachines(launcher, loop, sharing, begin)
     loop.run()
     kept.clear()
     launcher.close()
     log.info("ending; machines run on")
 
 
-def make_ahead(last: list[str]) -> KvmAhead | None:
+def make_ahead(last: list[str]) -> tuple[KvmAhead | None, Sandbox | None]:
     """In the spare child; `last` is what the last machine was. The next often is of the same kind.
 
-    None: the machine will say itself what is wrong with KVM, if anything is by then.
+    None: the machine will say itself what is wrong with KVM or with the filters, if anything is by then.
     """
     from stratovirt.cli.command import parse
+    from stratovirt.config.vm import VmConfig
+    from stratovirt.launcher.clone import make_sandbox
     from stratovirt.machine.kvm import KvmAhead
 
     config = None
@@ -182,11 +183,12 @@ def make_ahead(last: list[str]) -> KvmAhead | None:
                 config = None
         except StratoVirtError as error:
             log.debug(f"nothing to go by: {error}")
+    sandbox = make_sandbox(config or VmConfig())
     try:
-        return KvmAhead(config)
+        return KvmAhead(config), sandbox
     except StratoVirtError as error:
         log.debug(f"no VM ahead: {error}")
-        return None
+        return None, sandbox
 
 
 def start_machine(arguments: list[str], attachment: Attachment) -> int:

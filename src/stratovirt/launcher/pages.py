@@ -48,6 +48,7 @@ _F_ADD_SEALS, _SEALS = 1033, 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
 
 _early: list[tuple[int, int]] = []  # what may have arenas in it that were made before `keep_arenas`
 _shared: list[tuple[int, int, int]] = []  # address, length, address of the file's pages: what is shared
+_sealed = False
 
 
 def keep_arenas() -> bool:
@@ -113,10 +114,10 @@ class Sharing:
         self._runs = runs
         self._fd = -1
 
-    def share(self) -> bool:
-        """False: nothing is shared."""
+    def share(self) -> None:
+        """As much of it as can be: without the compiled module nothing."""
         if compiled is None or not self._runs or len(os.listdir("/proc/self/task")) > 1:
-            return False
+            return
         offset = 0
         try:
             self._fd = os.memfd_create("stratovirt-launcher", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -129,7 +130,6 @@ class Sharing:
                 offset += size
         except (OSError, HostError) as error:
             log.debug(f"memory is shared by fork only, but for {offset >> 10} KiB: {error}")
-        return offset > 0
 
     def look(self, pid: int) -> Copies:
         """Pages of a child that have been copied. Raises: OSError."""
@@ -157,9 +157,11 @@ class Sharing:
         return changed
 
     def seal(self) -> None:
-        """The file stays as it is."""
+        """The file stays as it is. Machines that are forked from now on give pages back."""
+        global _sealed
         if self._fd < 0:
             return
+        _sealed = True
         fcntl.fcntl(self._fd, _F_ADD_SEALS, _SEALS)  # nobody who finds a way to the file can change what all read
         os.close(self._fd)
         self._fd = -1
@@ -200,7 +202,7 @@ class GiveBack:
         self._loop = loop
         self._wait = FIRST_SECONDS
         self._given = 0
-        if _shared:
+        if _sealed:
             loop.call_later(self._wait, self._begin)
 
     def _begin(self) -> None:

@@ -1,7 +1,8 @@
-"""A first machine of a launcher, by which it learns what a machine's memory is like at rest.
+"""A first machine of a launcher, by which it learns what a machine's memory is like at rest, and where machines write to.
 
 Machines of a launcher come from the same memory and do the same, and so the pages that they write to are mostly equal in the
-end. Once that is in the file that they compare their pages with (`pages.py`), they need no copies of those either.
+end. Once that is in the file that they compare their pages with (`pages.py`), they need no copies of those either. And they can
+have copied them before they are asked for (`written.py`).
 
 The machine goes the way of any other, with the smallest of guests, before the launcher serves anybody. There are `RUNS` of
 them, as the first children of a launcher find its memory in another state than all later ones.
@@ -94,6 +95,7 @@ class FirstMachines:
                 if len(self._pids) < RUNS:
                     self._next()
                 else:
+                    log.debug(f"a machine writes to {self._launcher.written.learn(self._pids[-1])} pages")
                     self._end(self._sharing.look(self._pids[-1]))
                 return
         except (OSError, IndexError, ValueError) as error:

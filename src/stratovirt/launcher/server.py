@@ -35,6 +35,7 @@ from stratovirt.launcher.child import RESET_SIGNALS, Attachment
 from stratovirt.launcher.request import CLONE, RUN, TEMPLATE, RequestError, read_request, with_arguments
 from stratovirt.launcher.spare import ROOM_FOR_RIGHTS, HandOver, Makers, Spare, become_machine, rehearse_request
 from stratovirt.launcher.spare import descriptors_of as _descriptors
+from stratovirt.launcher.written import Written
 from stratovirt.loop import READ, EventLoop
 
 TYPE_CHECKING = False
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from stratovirt.launcher.templates import Templates
     from stratovirt.loop import Timer
     from stratovirt.machine.kvm import KvmAhead
+    from stratovirt.sandbox.kernel import Sandbox
 else:
     import _signal  # see process.py
 
@@ -74,7 +76,7 @@ class Launcher:
     def __init__(self, loop: EventLoop, listener: _socket.socket, start: Callable[[list[str], Attachment], int],
                  soft_limit: int, idle: float = 0.0, on_idle: Callable[[], None] = lambda: None,
                  rehearse: Callable[[], None] = lambda: None,
-                 make_ahead: Callable[[list[str]], KvmAhead | None] = lambda last: None,
+                 make_ahead: Callable[[list[str]], tuple[KvmAhead | None, Sandbox | None]] = lambda last: (None, None),
                  templates: Templates | None = None, serving: bool = True) -> None:
         self._loop = loop
         self._listener = listener
@@ -95,6 +97,7 @@ class Launcher:
         self._handed: dict[int, HandOver] = {}  # by process id
         self._buffer = bytearray(wire.MAX_REQUEST + 1)
         self._view = memoryview(self._buffer)
+        self.written = Written()
         listener.setblocking(False)
         self._watch_signals()
         if serving:
@@ -288,7 +291,7 @@ class Launcher:
     def _await_taken(self, handed: HandOver) -> None:
         pid = handed.spare.pid
         self._handed[pid] = handed
-        self._loop.add(handed.spare.socket.fileno(), READ, lambda _events: self._on_word(pid))
+        self._loop.add(handed.spare.taken, READ, lambda _events: self._on_word(pid))
         if handed.clone is not None:
             self._known_templates().begun(pid, handed.clone)  # nobody else gets what it has of its own
         if self._idle_timer is not None:
@@ -296,17 +299,16 @@ class Launcher:
             self._idle_timer = None
 
     def _on_word(self, pid: int) -> None:
-        """A spare has something to say, or has ended."""
+        """A spare has its request. That it has ended is known from the signal."""
         handed = self._handed.get(pid)
-        taken = handed.is_taken() if handed is not None else None
-        if taken is not None:
-            self._settle(pid, taken)
+        if handed is not None and handed.is_taken():
+            self._settle(pid, True)
 
     def _settle(self, pid: int, taken: bool) -> None:
         """A spare has taken its request, and there is a machine; or it has ended before that, and another gets the request."""
         handed = self._handed.pop(pid)
         spare, connection, clone = handed.spare, handed.connection, handed.clone
-        self._loop.remove(spare.socket.fileno())
+        self._loop.remove(spare.taken)
         if taken:
             if clone is not None:
                 _send(connection, b"clone " + json.dumps(clone.describe()).encode())
@@ -327,10 +329,12 @@ class Launcher:
 
     def _await_last_word(self, pid: int) -> None:
         """This launcher ends, and its client shall know whether there is a machine."""
+        spare = self._handed[pid].spare
         poll = select.poll()
-        poll.register(self._handed[pid].spare.socket.fileno(), READ)
+        for fd in (spare.taken, spare.pidfd):
+            poll.register(fd, READ)
         if poll.poll(_LAST_WORD_SECONDS * 1000):
-            self._on_word(pid)
+            self._settle(pid, self._handed[pid].is_taken())
 
     def _make_spare(self, template: Template | None = None) -> None:
         """Fork the child that waits for the next request, or the next for a clone of `template`, unless there is one."""
@@ -350,6 +354,13 @@ class Launcher:
         except OSError as error:
             log.warn(f"socketpair: {error.strerror}")
             return
+        try:
+            taken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            log.warn(f"eventfd: {error.strerror}")
+            ours.close()
+            theirs.close()
+            return
         _signal.pthread_sigmask(_signal.SIG_BLOCK, RESET_SIGNALS)
         try:
             pid = os.fork()
@@ -359,9 +370,9 @@ class Launcher:
                 handed = [socket for each in self._handed.values() for socket in (each.spare.socket, each.connection)]
                 for socket in (self._listener, ours, *spares, *handed, *(silent for silent, _ in self._silent.values())):
                     socket.detach()  # the number will be somebody else's: no object shall close it
-                become_machine(theirs, self._makers, self._soft_limit, template)
+                become_machine(theirs, taken, self._makers, self._soft_limit, self.written, template)
             # Nobody but this loop, later, waits for the child: the number is its, even if it has ended by now.
-            spare = Spare(pid, os.pidfd_open(pid), ours, template)
+            spare = Spare(pid, os.pidfd_open(pid), ours, taken, template)
             if template is not None:
                 self._clone_spare = spare
                 self._known_templates().rehearse(template)
@@ -371,6 +382,7 @@ class Launcher:
         except OSError as error:
             log.warn(f"fork: {error.strerror}")
             ours.close()  # a child that has begun ends, for nobody is left at the other side
+            os.close(taken)
         finally:
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
             theirs.close()
@@ -387,7 +399,7 @@ class Launcher:
                 continue
             handed = self._handed.get(pid)
             if handed is not None:
-                taken = bool(handed.is_taken())
+                taken = handed.is_taken()
                 self._settle(pid, taken)
                 if not taken:
                     continue  # the number may be another's now

@@ -19,26 +19,34 @@ if TYPE_CHECKING:
 
     from stratovirt.launcher.identity import Identity
     from stratovirt.launcher.template import Template
+    from stratovirt.launcher.written import Written
     from stratovirt.machine.kvm import KvmAhead
+    from stratovirt.sandbox.kernel import Sandbox
 
 ROOM_FOR_RIGHTS = _socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 1) * 4)
 
 
 class Spare:
-    """A child without a request yet, and the socket where it waits for one. `template`: it can be a clone of that only."""
+    """A child without a request yet, and the socket where it waits for one. `template`: it can be a clone of that only.
 
-    __slots__ = ("pid", "pidfd", "socket", "template")
+    `taken` is an eventfd that it writes to when it has its request. Not a word at the socket: for that the kernel would have
+    the launcher run next on the child's own processor, in the middle of its start.
+    """
 
-    def __init__(self, pid: int, pidfd: int, socket: _socket.socket, template: Template | None = None) -> None:
+    __slots__ = ("pid", "pidfd", "socket", "taken", "template")
+
+    def __init__(self, pid: int, pidfd: int, socket: _socket.socket, taken: int, template: Template | None = None) -> None:
         self.template = template
         self.pid = pid
         self.pidfd = pidfd
         self.socket = socket
+        self.taken = taken
 
     def close(self) -> None:
         """Let go of it: without a request it ends."""
         self.socket.close()
         os.close(self.pidfd)
+        os.close(self.taken)
 
 
 class HandOver:
@@ -55,14 +63,13 @@ class HandOver:
         self.clone = clone
         self.attempts = attempts
 
-    def is_taken(self) -> bool | None:
-        """Has the spare the request? False: it has ended before that, and nobody has seen anything of it. None: not yet."""
+    def is_taken(self) -> bool:
+        """Has the spare the request? If it has ended before that, nobody has seen anything of it."""
         try:
-            return bool(self.spare.socket.recv(1, _socket.MSG_DONTWAIT))
-        except ConnectionResetError:
-            return False  # it had not even read the request
+            os.eventfd_read(self.spare.taken)
         except BlockingIOError:
-            return None
+            return False
+        return True
 
 
 class NoRequest(Exception):
@@ -75,14 +82,18 @@ class Makers:
     __slots__ = ("make_ahead", "rehearse", "start")
 
     def __init__(self, start: Callable[[list[str], Attachment], int], rehearse: Callable[[], None],
-                 make_ahead: Callable[[], KvmAhead | None]) -> None:
+                 make_ahead: Callable[[], tuple[KvmAhead | None, Sandbox | None]]) -> None:
         self.start = start
         self.rehearse = rehearse
         self.make_ahead = make_ahead
 
 
-def become_machine(requests: _socket.socket, makers: Makers, soft_limit: int, template: Template | None) -> NoReturn:
-    """Wait at `requests` for what to be, and be that; with `template` a clone of it. The launcher's descriptors are open."""
+def become_machine(requests: _socket.socket, taken: int, makers: Makers, soft_limit: int, written: Written,
+                   template: Template | None) -> NoReturn:
+    """Wait at `requests` for what to be, and be that; with `template` a clone of it. The launcher's descriptors are open.
+
+    `taken` as in `Spare`.
+    """
     status = 1
     attachment = None
     try:
@@ -90,23 +101,26 @@ def become_machine(requests: _socket.socket, makers: Makers, soft_limit: int, te
             from stratovirt.launcher import clone
 
             mapped = clone.map_memory(template)
-        source = detach(requests.detach())
+        source, taken = detach([requests.detach(), taken])
         if not _is_waiting(source):
             makers.rehearse()
         if template is not None:
             ahead: KvmAhead | None = clone.make_ahead(mapped)
-            sandbox = clone.make_sandbox(template)
+            sandbox = clone.make_sandbox(template.config)
             rehearse_request(template.name, soft_limit)
         else:
             # Whoever is waiting already is served sooner by a VM that is made in its usual order.
-            ahead = None if _is_waiting(source) else makers.make_ahead()
+            ahead, sandbox = (None, None) if _is_waiting(source) else makers.make_ahead()
         environment = dict(os.environ)
-        message, received = _await_request(source)
+        if not _is_waiting(source):
+            written.copy()
+        message, received = _await_request(source, taken)
         os.close(source)
+        os.close(taken)
         request = read_request(message, received[1:], soft_limit)
         attachment = settle(request, received[0], soft_limit, ahead, environment)
+        attachment.sandbox = sandbox
         if template is not None:
-            attachment.sandbox = sandbox
             status = clone.start(template, request.arguments, attachment)
         else:
             status = makers.start(request.arguments, attachment)
@@ -139,7 +153,7 @@ def _is_waiting(source: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _await_request(source: int) -> tuple[bytes, list[int]]:
+def _await_request(source: int, taken: int) -> tuple[bytes, list[int]]:
     """A request and what came with it, the connection first. Nothing is done for it before the launcher is told: it is here.
 
     Raises: NoRequest, OSError.
@@ -148,7 +162,7 @@ def _await_request(source: int) -> tuple[bytes, list[int]]:
     message, ancillary, _, _ = socket.recvmsg(wire.MAX_REQUEST, ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
     if not message:
         raise NoRequest
-    socket.send(b"1", _socket.MSG_NOSIGNAL)
+    os.eventfd_write(taken, 1)
     socket.detach()
     return message, descriptors_of(ancillary)
 

@@ -54,23 +54,27 @@ _HINT = "-disable-seccomp runs the machine without filters"
 
 class Sandbox:
     """`log_fd` is where the log goes. `io_uring`: threads that serve disks may use it. `vhost_user`: threads may talk to the
-    back ends of devices.
+    back ends of devices. It holds nobody up before `begin`, and then each thread from `confine` on.
 
     Thread: the main thread, before it starts others. Raises: HostError.
     """
 
     def __init__(self, log_fd: int, io_uring: bool = False, vhost_user: bool = False) -> None:
         marks = ((_IO_URING_MARK, io_uring), (_VHOST_USER_MARK, vhost_user))
+        self.grants = io_uring, vhost_user
         self._granted = [mark for mark, granted in marks if granted]
         self._pages: HostMapping | None = None
         self._ready: dict[int, bytearray] = {}
         use_one_heap()
+        _check_host()
+        self._install_handler(log_fd)
+
+    def begin(self) -> None:
+        """From here on this process gets no new privileges. Raises: HostError."""
         try:
             syscall(_PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         except OSError as error:
             raise HostError.from_os("prctl(PR_SET_NO_NEW_PRIVS)", error, _HINT) from error
-        _check_host()
-        self._install_handler(log_fd)
 
     def _install_handler(self, log_fd: int) -> None:
         pages = HostMapping((1 + _DATA_PAGES) * _PAGE)
