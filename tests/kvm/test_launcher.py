@@ -18,6 +18,7 @@ import pytest
 from kvm.conftest import DEADLINE, SOURCE, Program
 from kvm.guests import Asm, hello
 from kvm.test_program import busy, idle, is_alive, wait_for_end
+from kvm.test_seccomp import connect, status_of
 
 COMMAND = [sys.executable, "-IS", "-c",
            f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from stratovirt.__main__ import main; sys.exit(main())"]
@@ -240,7 +241,7 @@ def test_the_first_use_starts_a_launcher(kernel, tmp_path: Path) -> None:
     pid = int.from_bytes(owner.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
     owner.close()
     try:
-        until(lambda: len(os.listdir(f"/proc/{pid}/fd")) == 11)  # 3, lock, socket, epoll, eventfd, a pipe, the spare
+        until(lambda: len(os.listdir(f"/proc/{pid}/fd")) == 12)  # 3, lock, socket, epoll, eventfd, a pipe, the spare
         assert {os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)} == {os.devnull}
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
     finally:
@@ -299,6 +300,21 @@ def test_what_a_machine_costs(launch, warm, tmp_path: Path) -> None:
 def shown(pid: int) -> tuple[str, list[bytes]]:
     """What `ps` has of it: the name, and the command line."""
     return Path(f"/proc/{pid}/comm").read_text().rstrip(), Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+
+
+def test_filters_that_were_ready_before_it_was_known_whether_there_are_any(launch, warm, tmp_path: Path) -> None:
+    for number, (words, filters, privileges) in enumerate((((), {2}, {1}), (("-disable-seccomp",), {0}, {0}), ((), {2}, {1}))):
+        qmp = tmp_path / f"qmp{number}"
+        program = launch(idle(), *words, "-qmp", f"unix:{qmp},server,nowait", prefix=warm.prefix)
+        program.wait_for("running\n")
+        client = connect(qmp)
+        (machine,) = warm.machines()
+        assert status_of(machine, "Seccomp") == filters
+        assert status_of(machine, "NoNewPrivs") == privileges
+        client.ask("quit")
+        client.close()
+        assert program.finish()[0] == 0
+        until(lambda: warm.machines() == [])
 
 
 def test_ps_shows_the_machines_own_command_line(launch, warm, tmp_path: Path) -> None:

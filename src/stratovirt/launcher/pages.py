@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
     from stratovirt.loop import EventLoop
 
-FIRST_SECONDS = 0.02  # after a machine's start; then twice as long each time
+FIRST_SECONDS = 0.001  # after a machine's start, when what was written to once is equal again
+NEXT_SECONDS = 0.02  # when it is at rest; then twice as long each time
 LONGEST_SECONDS = 60.0
-_SLICE_SECONDS = 0.001
-_SLICE = 128  # pages, some 100 us, and 400 when all are given back
+_SLICE_SECONDS = 0.0005
+_SLICE = 256  # pages, some 200 us, and 800 when all are given back
 
 _ARENA, _POOL = 1 << 20, 1 << 14  # of an interpreter for 64 bits, 3.10 and later
 _SMALL = 512  # what is larger is not in an arena
@@ -229,5 +230,5 @@ class GiveBack:
             return
         os.close(pagemap)
         log.debug(f"gave back {self._given} pages that equal the launcher's")
-        self._wait = min(2 * self._wait, LONGEST_SECONDS)
+        self._wait = min(max(2 * self._wait, NEXT_SECONDS), LONGEST_SECONDS)
         self._loop.call_later(self._wait, self._begin)

@@ -17,6 +17,7 @@ import time
 
 from stratovirt import log
 from stratovirt.launcher import practice, wire
+from stratovirt.launcher.child import RESET_SIGNALS
 from stratovirt.loop import READ
 
 TYPE_CHECKING = False
@@ -52,10 +53,15 @@ class FirstMachines:
         self._pids: list[int] = []
         self._connections: list[_socket.socket] = []
         self._used, self._since = -1, 0.0
+        self._witness: Witness | None = None
         loop.call_later(0, self._next)
 
     def _next(self) -> None:
         try:
+            if len(self._pids) == RUNS - 1:
+                self._launcher.drop_spare()
+                self._witness = Witness()
+                self._launcher.make_spare()
             ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
             self._connections.append(ours)
             _request(ours)
@@ -116,6 +122,8 @@ class FirstMachines:
                 continue  # it has ended, and the launcher knows
         for connection in self._connections:
             connection.close()
+        if self._witness is not None:
+            self._witness.close()
         self._launcher.start_over()
         self._deadline = time.monotonic() + _SECONDS
         self._await_ends(copies)
@@ -138,6 +146,29 @@ class FirstMachines:
             copies.close()
         self._sharing.seal()
         self._done()
+
+
+class Witness:
+    """A child that does nothing, forked right before the machine that is looked at.
+
+    When the launcher writes to a page afterwards, these two still share the old one. So what the machine has for itself then is
+    what it has written to.
+    """
+
+    def __init__(self) -> None:
+        read_end, self._write_end = os.pipe2(os.O_CLOEXEC)
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, RESET_SIGNALS)  # their handlers are the launcher's
+        try:
+            if os.fork() == 0:
+                os.close(self._write_end)
+                os.read(read_end, 1)  # until the launcher has closed its end, or has ended
+                os._exit(0)
+        finally:
+            _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
+            os.close(read_end)
+
+    def close(self) -> None:
+        os.close(self._write_end)
 
 
 def _work(pid: int) -> tuple[int, int]:

@@ -108,7 +108,7 @@ class Launcher:
         self._serving, self._waiting = True, False
         self._loop.add(self._listener.fileno(), READ, self._on_connections)
         self._consider_idling()
-        self._make_spare()
+        self.make_spare()
 
     @property
     def machines(self) -> int:
@@ -140,7 +140,10 @@ class Launcher:
     def start_over(self) -> None:
         """Let go of what was made for the next machine, and make no more until `begin`."""
         self._waiting = True
-        self._last = []
+        self.drop_spare()
+
+    def drop_spare(self) -> None:
+        """Let go of the child that waits for the next machine."""
         if self._spare is not None:
             self._spare.close()
             self._spare = None
@@ -234,7 +237,7 @@ class Launcher:
         if not self._hand_over(message, received, connection, template, clone, HAND_OVERS):
             raise RequestError("no process could be made for the machine")
         # For the next, when this machine has had time to start: until then they would take processors from each other.
-        self._loop.call_later(SPARE_SECONDS, lambda: self._make_spare(template))
+        self._loop.call_later(SPARE_SECONDS, lambda: self.make_spare(template))
         return True
 
     # -- templates
@@ -257,12 +260,12 @@ class Launcher:
             self._clone_spare = None
         latest = templates.latest
         if latest is not None and (self._clone_spare is None or created):
-            self._loop.call_later(SPARE_SECONDS, lambda: self._make_spare(latest))
+            self._loop.call_later(SPARE_SECONDS, lambda: self.make_spare(latest))
 
     # -- machines
 
     def _take_spare(self, template: Template | None) -> Spare | None:
-        self._make_spare(template)
+        self.make_spare(template)
         if template is not None:
             spare, self._clone_spare = self._clone_spare, None
         else:
@@ -321,7 +324,7 @@ class Launcher:
                 self._known_templates().ended(pid)
             if not self._closed and self._hand_over(handed.request, handed.received, connection, spare.template, clone,
                                                     handed.attempts):
-                self._loop.call_later(SPARE_SECONDS, lambda: self._make_spare(spare.template))
+                self._loop.call_later(SPARE_SECONDS, lambda: self.make_spare(spare.template))
                 return
             _refuse(connection, "no process could be made for the machine")
             self._consider_idling()
@@ -336,7 +339,7 @@ class Launcher:
         if poll.poll(_LAST_WORD_SECONDS * 1000):
             self._settle(pid, self._handed[pid].is_taken())
 
-    def _make_spare(self, template: Template | None = None) -> None:
+    def make_spare(self, template: Template | None = None) -> None:
         """Fork the child that waits for the next request, or the next for a clone of `template`, unless there is one."""
         if self._closed or self._waiting:
             return

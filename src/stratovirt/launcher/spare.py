@@ -102,7 +102,7 @@ def become_machine(requests: _socket.socket, taken: int, makers: Makers, soft_li
 
             mapped = clone.map_memory(template)
         source, taken = detach([requests.detach(), taken])
-        if not _is_waiting(source):
+        if template is not None and not _is_waiting(source):
             makers.rehearse()
         if template is not None:
             ahead: KvmAhead | None = clone.make_ahead(mapped)
@@ -153,6 +153,13 @@ def _is_waiting(source: int) -> bool:
     return bool(poll.poll(0))
 
 
+def _is_abandoned(source: int) -> bool:
+    """Has the launcher ended, which would tell the client that there is a machine? Else it does not close its side so early."""
+    poll = select.poll()
+    poll.register(source, 0)
+    return bool(poll.poll(0))
+
+
 def _await_request(source: int, taken: int) -> tuple[bytes, list[int]]:
     """A request and what came with it, the connection first. Nothing is done for it before the launcher is told: it is here.
 
@@ -160,7 +167,7 @@ def _await_request(source: int, taken: int) -> tuple[bytes, list[int]]:
     """
     socket = _socket.socket(fileno=source)
     message, ancillary, _, _ = socket.recvmsg(wire.MAX_REQUEST, ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
-    if not message:
+    if not message or _is_abandoned(source):
         raise NoRequest
     os.eventfd_write(taken, 1)
     socket.detach()

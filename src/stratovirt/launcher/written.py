@@ -4,9 +4,6 @@ After a fork the first write to a page copies it, in an exception that takes lon
 to is mostly the same each time. So it is looked up once, when the launcher's first machines are at rest (`sample.py`), and from
 then on a spare copies them when it has made ready what it can, before it waits for its request.
 
-A page that the launcher has written to meanwhile looks the same from outside, and is copied for nothing. It would have become
-the machine's alone anyway, as soon as the launcher wrote to it again.
-
 On a kernel before Linux 5.14, or without the right to look, pages are copied as they are written to.
 
 Thread: main.
@@ -36,7 +33,10 @@ class Written:
         self._runs = memoryview(b"").cast("Q")  # address, length, address, ...
 
     def learn(self, pid: int) -> int:
-        """From a machine at rest, which was forked by this process. How many pages. Raises: OSError, ValueError."""
+        """From a machine at rest, which was forked by this process. How many pages. Raises: OSError, ValueError.
+
+        Another child is there that shares with it what it has not written to.
+        """
         runs = _exclusive(str(pid), _common(list(_private_areas("self")), list(_private_areas(str(pid)))))
         if runs:
             # Outside of the heap: what is there would be copied by who reads it.
