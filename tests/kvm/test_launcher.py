@@ -34,16 +34,20 @@ class Warm:
         self.pid = self.process.pid
         assert self.process.stderr is not None
         assert b"listening at" in self.process.stderr.readline()
+        until(lambda: self.children() != [])
 
     @property
     def prefix(self) -> tuple[str, ...]:
         """Has a program use it."""
         return "env", f"STRATOVIRT_LAUNCHER={self.path}"
 
+    def children(self) -> list[int]:
+        """Machines, and the spare child, which there is from the first moment that this launcher serves."""
+        return [int(word) for word in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
     def machines(self) -> list[int]:
         """Those that have vCPUs: the spare child has none."""
-        text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(word) for word in text.split() if len(os.listdir(f"/proc/{word}/task")) > 1]
+        return [pid for pid in self.children() if len(os.listdir(f"/proc/{pid}/task")) > 1]
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
