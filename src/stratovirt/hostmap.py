@@ -61,11 +61,22 @@ _libc_ioctl = _CFunction(_ctypes.dlsym(_libc, "ioctl"))
 _MAP_FAILED = (1 << (8 * _ctypes.sizeof(_Word))) - 1
 
 
-class SharedRings:
+_arrays: dict[int, type] = {}
+
+
+def _array_of(size: int) -> type:
+    if size not in _arrays:
+        _arrays[size] = type("_Bytes", (_ctypes.Array,), {"_type_": _Byte, "_length_": size})
+    return _arrays[size]
+
+
+class SharedPages:
     """`size` bytes of memory that the kernel shares through `fd`, from `offset` on; `view` is the whole of it.
 
-    Python's own `mmap` looks at the descriptor first and makes a copy of it, which an iothread's filter does not allow.
-    Whoever has made views of `view` lets go of them before `close`. Raises: HostError.
+    Python's own `mmap` looks at the descriptor first and makes a copy of it, which an iothread's filter does not allow, and
+    which it would close one day even if the number is somebody else's by then, in a process that has got other numbers for its
+    descriptors. Whoever has made views of `view` lets go of them before `close`, or before this object: then it is as good as
+    closed. Raises: HostError.
     """
 
     __slots__ = ("_address", "_size", "view")
@@ -73,20 +84,23 @@ class SharedRings:
     def __init__(self, fd: int, size: int, offset: int) -> None:
         address = _libc_mmap(_Word(0), _Word(size), _Int(_PROT_READ_WRITE), _Int(_MAP_SHARED), _Int(fd), _Word(offset))
         if address == _MAP_FAILED:
-            raise HostError("mmap of shared rings", _ctypes.get_errno())
+            raise HostError("mmap of pages of the kernel's", _ctypes.get_errno())
         self._address, self._size = address, size
-        array = type("_Bytes", (_ctypes.Array,), {"_type_": _Byte, "_length_": size})
-        self.view = memoryview(array.from_address(address)).cast("B")  # type: ignore[attr-defined]
+        self.view = memoryview(_array_of(size).from_address(address)).cast("B")  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.view.release()
-        _libc_munmap(_Word(self._address), _Word(self._size))
+        self.__del__()
+
+    def __del__(self, unmap: _CFunction = _libc_munmap, word: type[_Word] = _Word) -> None:
+        address, self._address = getattr(self, "_address", 0), 0
+        if address:
+            unmap(word(address), word(self._size))
 
 
 def words_at(address: int, count: int) -> memoryview:
     """So many 32-bit words of memory that somebody else has mapped, and that stays there for as long as the view is used."""
-    array = type("_Bytes", (_ctypes.Array,), {"_type_": _Byte, "_length_": 4 * count})
-    return memoryview(array.from_address(address)).cast("B").cast("I")  # type: ignore[attr-defined]
+    return memoryview(_array_of(4 * count).from_address(address)).cast("B").cast("I")  # type: ignore[attr-defined]
 
 
 def map_readable(fd: int, length: int) -> int:

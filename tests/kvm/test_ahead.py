@@ -24,6 +24,10 @@ def open_vms() -> int:
     return links.count("anon_inode:kvm-vm")
 
 
+def open_descriptors() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
+
+
 def ranges_of(built) -> list[tuple[int, int]]:
     return [(region.base, region.size) for region in built.memory.regions]
 
@@ -76,6 +80,24 @@ def test_its_descriptors_can_get_other_numbers(machine) -> None:
         os.close(fd)
     ahead.renumber(moved)
     machine(hello(), ahead=ahead).run()
+
+
+def test_after_new_numbers_no_descriptor_of_somebody_else_is_closed(machine) -> None:
+    """The processors do not fit and are let go, when their old numbers have been given to others."""
+    before = open_descriptors()
+    ahead = KvmAhead(guessed("-smp", "4"))
+    made = open_descriptors() - before
+    moved = [os.dup(fd) for fd in ahead.descriptors()]
+    for fd in made:
+        os.close(fd)
+    ahead.renumber(moved)
+    read_end, write_end = os.pipe()
+    others = [os.dup(write_end) for _ in made]
+    machine(hello(), ahead=ahead).run()
+    for fd in (write_end, *others):
+        os.write(fd, b"1")
+    for fd in (read_end, write_end, *others):
+        os.close(fd)
 
 
 @pytest.mark.parametrize("guess", GUESSES)

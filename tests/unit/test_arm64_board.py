@@ -191,14 +191,21 @@ class Kvm:
         return [(fd, data) for called, fd, data in self.calls if called == name]
 
 
+class Pages:
+    """As if KVM had shared some."""
+
+    def __init__(self, fd: int, size: int, offset: int) -> None:
+        self.view = memoryview(bytearray(size))
+
+    def close(self) -> None:
+        self.view.release()
+
+
 @pytest.fixture
 def kvm(monkeypatch: pytest.MonkeyPatch) -> Kvm:
-    import mmap
-
     fake = Kvm({uapi.KVM_DEV_TYPE_ARM_VGIC_V3, uapi.KVM_DEV_TYPE_ARM_VGIC_ITS})
     monkeypatch.setattr("fcntl.ioctl", fake.ioctl)
-    real = mmap.mmap
-    monkeypatch.setattr("mmap.mmap", lambda fd, size, **how: real(-1, size))
+    monkeypatch.setattr("stratovirt.hypervisor.kvm.vcpu.SharedPages", Pages)
     return fake
 
 

@@ -21,6 +21,7 @@ from stratovirt.hypervisor.kvm import _uapi_arm64 as uapi
 from stratovirt.machine import saved_platform
 from stratovirt.machine.aarch64.platform import Alarm, PlatformDevices
 from stratovirt.snapshot.saved import Saved, SnapshotError
+from unit.test_arm64_board import Pages
 
 V0 = 0x6040_0000_0010_0054  # a register of 16 bytes
 TIMER_CTL, TIMER_CVAL = (0x6030_0000_0013_0000 | registers.system_encoding(3, 3, 14, crm, op2) for crm, op2 in ((3, 1), (0, 2)))
@@ -133,14 +134,9 @@ class System:
 
 class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *devices: int, cpus: int = 2) -> None:
-        import mmap
-
         self.kvm = Kvm(set(devices))
         monkeypatch.setattr("fcntl.ioctl", self.kvm.ioctl)
-        real = getattr(mmap.mmap, "real", mmap.mmap)
-        fake: Any = lambda fd, size, **how: real(-1, size)  # noqa: E731
-        fake.real = real
-        monkeypatch.setattr("mmap.mmap", fake)
+        monkeypatch.setattr("stratovirt.hypervisor.kvm.vcpu.SharedPages", Pages)
         config = VmConfig()
         config.smp = SmpConfig(cpus, cpus, 1, 1, 1, cpus, 1)
         config.memory_size = 1 << 30

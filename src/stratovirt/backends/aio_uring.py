@@ -29,7 +29,7 @@ from stratovirt.backends.aio_syscalls import (
 )
 from stratovirt.backends.block import FLUSH, READ
 from stratovirt.errors import HostError
-from stratovirt.hostmap import ARCHITECTURE, SharedRings
+from stratovirt.hostmap import ARCHITECTURE, SharedPages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class UringEngine(KernelEngine):
 
     def __init__(self, image: RawImage) -> None:
         super().__init__(image)
-        self._mappings: tuple[SharedRings, ...] = ()
+        self._mappings: tuple[SharedPages, ...] = ()
         try:
             self._ring_fd, params = _set_up()
             try:
@@ -111,9 +111,9 @@ class UringEngine(KernelEngine):
         sq_head, sq_tail, sq_mask, _, _, _, sq_array = params[10:17]
         cq_head, cq_tail, cq_mask, _, _, cqes = params[19:25]
         size = max(sq_array + 4 * sq_entries, cqes + _CQE.size * cq_entries)
-        rings = SharedRings(self._ring_fd, size, _OFFSET_RINGS)
+        rings = SharedPages(self._ring_fd, size, _OFFSET_RINGS)
         try:
-            entries = SharedRings(self._ring_fd, _SQE.size * sq_entries, _OFFSET_SQES)
+            entries = SharedPages(self._ring_fd, _SQE.size * sq_entries, _OFFSET_SQES)
         except HostError:
             rings.close()
             raise

@@ -7,11 +7,11 @@ thread, or while the machine is paused.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import posix
 import struct
 
 from stratovirt.errors import HostError
+from stratovirt.hostmap import SharedPages
 from stratovirt.hypervisor.kvm import _uapi as uapi
 from stratovirt.hypervisor.kvm.vm import KvmVm
 
@@ -25,15 +25,15 @@ class KvmVcpu:
     that belongs to the exit reason.
     """
 
-    __slots__ = ("cpuid", "fd", "id", "page", "page16", "page32", "page64", "vm")
+    __slots__ = ("_shared", "cpuid", "fd", "id", "page", "page16", "page32", "page64", "vm")
 
     def __init__(self, vm: KvmVm, vcpu_id: int, mmap_size: int) -> None:
         self.vm = vm
         self.id = vcpu_id
         self.cpuid = b""  # the table that it was given; what KVM reports is not always that
         self.fd = vm.create_vcpu(vcpu_id)
-        page = memoryview(mmap.mmap(self.fd, mmap_size, flags=mmap.MAP_SHARED))
-        self.page = page
+        self._shared = SharedPages(self.fd, mmap_size, 0)
+        self.page = page = self._shared.view
         self.page16 = page.cast("H")
         self.page32 = page.cast("I")
         self.page64 = page.cast("Q")
@@ -165,6 +165,7 @@ class KvmVcpu:
         return physical if valid else None
 
     def close(self) -> None:
-        for view in (self.page16, self.page32, self.page64, self.page):
+        for view in (self.page16, self.page32, self.page64):
             view.release()
+        self._shared.close()
         posix.close(self.fd)
