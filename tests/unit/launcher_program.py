@@ -1,7 +1,7 @@
 """Run by a bare interpreter: a launcher whose "machines" are a few lines of Python, as small as a launcher is.
 
 Arguments: the source directory, the path of the socket, seconds until it is idle, and NAME=NUMBER for constants of
-`launcher.server` that are to be others. It says so when it serves.
+`launcher.server` and `launcher.reception` that are to be others. It says so when it serves.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
     path, idle, constants = sys.argv[2], float(sys.argv[3]), sys.argv[4:]
     for text in constants:
         name, _, value = text.partition("=")
-        setattr(server, name, float(value) if "." in value else int(value))
+        setattr(server if hasattr(server, name) else reception, name, float(value) if "." in value else int(value))
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     listener.bind(path)
     listener.listen(100)
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     import json
     import signal
 
-    from stratovirt.launcher import server
+    from stratovirt.launcher import reception, server
     from stratovirt.launcher.child import Attachment
     from stratovirt.loop import EventLoop
 

@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stratovirt.errors import ConfigError
-from stratovirt.launcher import child, client, command, listening, server, wire
+from stratovirt.launcher import child, client, command, listening, wire
 from stratovirt.launcher.request import RequestError, read_request
+from stratovirt.launcher.spare import descriptors_of
 from unit.launchers import DEADLINE, SOURCE, Client, LauncherProcess, until
 
 
@@ -556,7 +557,7 @@ def test_what_the_client_imports() -> None:
 
 
 def test_rights_are_counted_in_whole_descriptors() -> None:
-    assert server._descriptors([(1, 1, struct.pack("i", 5) + b"x"), (1, 2, b"1234")]) == [5]
+    assert descriptors_of([(1, 1, struct.pack("i", 5) + b"x"), (1, 2, b"1234")]) == [5]
 
 
 def test_a_signal_that_comes_before_the_machine_is_known_is_for_the_machine(tmp_path) -> None:

@@ -10,8 +10,8 @@ nearly half of those pages away:
 - The free places in half-used pages are taken, so that what a child makes goes to pages of its own instead of one place
   here and one there.
 
-What is left of those writes, a spare child does before its request has come, by building a machine of which KVM knows
-nothing (`rehearse`).
+What is left of those writes, a spare child does before its request has come: it copies those pages (`written.py`), and for a
+clone, which others write to as well, it builds a machine of which KVM knows nothing (`rehearse`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The launcher: takes requests for machines and forks a process for each.
 
-    connected -> asked -> handed over -> taken -> ended   refused, or too slow: an "error" answer, and the connection is closed
+    asked (reception.py) -> handed over -> taken -> ended   refused: an "error" answer, and the connection is closed
 
-One child is always forked ahead of its request: the spare. It has left the launcher, has been through what a machine's start
-goes through as far as it is the same for all, has a VM of KVM, and waits at a socket for a request, which makes it a machine.
-So the fork, most of the first writes to shared pages, and most of what KVM takes its time for, are over when the request
+One child is always forked ahead of its request: the spare. It has left the launcher, has a VM and filters as the last machine
+had them and its own copies of the pages that machines write to, and waits at a socket for a request, which makes it a machine.
+So the fork, nearly all first writes to shared pages, and most of what KVM takes its time for, are over when the request
 comes. The launcher's end is the spare's. A spare says that it has taken the request before it does anything for it: of one that
 ends without having said so nobody has seen anything, and another gets the request. So there is one machine, or an error.
 
@@ -12,9 +12,8 @@ A clone is such a machine, forked for its template: its spare has the template's
 There is one for the template that was made or used last; clones of others, and the second of several at once, wait for a fork.
 
 The launcher does nothing else, so that there is little to go wrong: no thread (a fork copies only the one that calls it), no
-work for a machine that runs, one callback for each step. A client that says nothing is let go after `REQUEST_SECONDS`, and the
-oldest such client when there are `MAX_SILENT` of them. Of a machine that runs it holds one descriptor, the connection, to tell
-its end.
+work for a machine that runs, one callback for each step. Of a machine that runs it holds one descriptor, the connection, to
+tell its end.
 
 Thread: all of it on the one thread that there is.
 """
@@ -32,9 +31,9 @@ from stratovirt import log
 from stratovirt.errors import StratoVirtError
 from stratovirt.launcher import wire
 from stratovirt.launcher.child import RESET_SIGNALS, Attachment
+from stratovirt.launcher.reception import Reception, close_all, refuse, send
 from stratovirt.launcher.request import CLONE, RUN, TEMPLATE, RequestError, read_request, with_arguments
-from stratovirt.launcher.spare import ROOM_FOR_RIGHTS, HandOver, Makers, Spare, become_machine, rehearse_request
-from stratovirt.launcher.spare import descriptors_of as _descriptors
+from stratovirt.launcher.spare import HandOver, Makers, Spare, become_machine, rehearse_request
 from stratovirt.launcher.written import Written
 from stratovirt.loop import READ, EventLoop
 
@@ -53,20 +52,17 @@ if TYPE_CHECKING:
 else:
     import _signal  # see process.py
 
-REQUEST_SECONDS = 5.0
-MAX_SILENT = 64
 SPARE_SECONDS = 0.005
 HAND_OVERS = 3  # of one request, if spare after spare is killed
 _LAST_WORD_SECONDS = 2.0
-_ACCEPTED_AT_ONCE = 16
 
 
 class Launcher:
     """Serves `listener`, an AF_UNIX SOCK_SEQPACKET socket, which becomes this object's.
 
-    `rehearse()` runs in the spare child, which lets go afterwards of what it has opened; after it `make_ahead(last)`, with the
-    arguments of the last machine, whose result is in the attachment later. `start(arguments, attachment)` runs in the child
-    when it has its request, and returns the machine's exit status, or ends the process itself.
+    `rehearse()` runs in a clone's spare child. `make_ahead(last)` runs in all others, with the arguments of the last machine;
+    its result is in the attachment later. `start(arguments, attachment)` runs in the child when it has its request, and returns
+    the machine's exit status, or ends the process itself.
     `templates` are what clones are made of; without, there are none.
     `serving`: from now on, not from `begin` on.
     `soft_limit` is how many files a machine may have open, `idle` after how many seconds without one `on_idle` is called
@@ -79,7 +75,7 @@ class Launcher:
                  make_ahead: Callable[[list[str]], tuple[KvmAhead | None, Sandbox | None]] = lambda last: (None, None),
                  templates: Templates | None = None, serving: bool = True) -> None:
         self._loop = loop
-        self._listener = listener
+        self._reception = Reception(loop, listener, self._on_message)
         self._soft_limit = soft_limit
         self._idle = idle
         self._on_idle = on_idle
@@ -91,14 +87,9 @@ class Launcher:
         self._closed = False
         self._serving = self._waiting = False
         self._idle_timer: Timer | None = None
-        self._user = os.geteuid()
-        self._silent: dict[int, tuple[_socket.socket, Timer]] = {}  # connections whose request has not come, oldest first
         self._machines: dict[int, int] = {}  # process id -> connection
         self._handed: dict[int, HandOver] = {}  # by process id
-        self._buffer = bytearray(wire.MAX_REQUEST + 1)
-        self._view = memoryview(self._buffer)
         self.written = Written()
-        listener.setblocking(False)
         self._watch_signals()
         if serving:
             self.begin()
@@ -106,7 +97,7 @@ class Launcher:
     def begin(self) -> None:
         """Serve who comes to the listener."""
         self._serving, self._waiting = True, False
-        self._loop.add(self._listener.fileno(), READ, self._on_connections)
+        self._reception.open()
         self._consider_idling()
         self.make_spare()
 
@@ -134,8 +125,7 @@ class Launcher:
 
     def serve(self, connection: _socket.socket) -> None:
         """Serve a client that did not come by the listener."""
-        connection.setblocking(False)
-        self._greet(connection)
+        self._reception.serve(connection)
 
     def start_over(self) -> None:
         """Let go of what was made for the next machine, and make no more until `begin`."""
@@ -148,79 +138,17 @@ class Launcher:
             self._spare.close()
             self._spare = None
 
-    def _on_connections(self, _events: int) -> None:
-        for _ in range(_ACCEPTED_AT_ONCE):
-            try:
-                fd, _address = self._listener._accept()  # type: ignore[attr-defined]  # what socket.accept is made of
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # ECONNABORTED, or out of descriptors or memory: those who wait stay in the backlog until machines have ended.
-                log.warn(f"cannot accept a client: {error.strerror}")
-                return
-            connection = _socket.socket(fileno=fd)
-            connection.setblocking(False)
-            self._greet(connection)
-
-    def _greet(self, connection: _socket.socket) -> None:
-        user = struct.unpack("iII", connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))[1]
-        if user != self._user:
-            _refuse(connection, f"this launcher serves user {self._user}, not user {user}")
-            return
-        if self._take_request(connection):
-            return
-        fd = connection.fileno()
-        if len(self._silent) >= MAX_SILENT:
-            self._give_up(next(iter(self._silent)), f"{MAX_SILENT} clients have connected since and not said anything either")
-        timer = self._loop.call_later(REQUEST_SECONDS, lambda: self._give_up(fd, f"no request within {REQUEST_SECONDS:g} s"))
-        self._silent[fd] = connection, timer
-        self._loop.add(fd, READ, lambda _events: self._on_request(fd))
-
-    def _on_request(self, fd: int) -> None:
-        connection, timer = self._silent[fd]
-        # Out of the loop first: a child that is forked must not find it there, nor must a number that is used anew.
-        self._loop.remove(fd)
-        del self._silent[fd]
-        timer.cancel()
-        if not self._take_request(connection):
-            _refuse(connection, "no request")  # a wake-up without a message: nothing that a client of ours does
-
-    def _give_up(self, fd: int, why: str) -> None:
-        connection, timer = self._silent.pop(fd)
-        timer.cancel()
-        self._loop.remove(fd)
-        _refuse(connection, why)
-
-    def _take_request(self, connection: _socket.socket) -> bool:
-        """Read a request and carry it out. False when there is none yet."""
+    def _on_message(self, message: bytes, received: list[int], connection: _socket.socket) -> None:
+        """Carry out a request. Raises: RequestError."""
+        request = read_request(message, received, self._soft_limit)
+        if request.kind == RUN:
+            self._last = request.arguments
         try:
-            length, ancillary, flags, _ = connection.recvmsg_into([self._buffer], ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            log.debug(f"a client went away: {error.strerror}")
-            connection.close()
-            return True
-        received = _descriptors(ancillary)
-        if not length:
-            _close_all(received)
-            connection.close()  # it has hung up
-            return True
-        try:
-            if length > wire.MAX_REQUEST or flags & _socket.MSG_TRUNC:
-                raise RequestError(f"the request is longer than {wire.MAX_REQUEST} bytes")
-            if flags & _socket.MSG_CTRUNC:
-                raise RequestError(f"more than {wire.MAX_DESCRIPTORS} descriptors, or more than this process may open")
-            message = bytes(self._view[:length])
-            request = read_request(message, received, self._soft_limit)
-            if request.kind == RUN:
-                self._last = request.arguments
-            if self._carry_out(request, message, received, connection):
-                return True
-        except (RequestError, StratoVirtError) as error:
-            _refuse(connection, str(error))
-        _close_all(received)
-        return True
+            handed = self._carry_out(request, message, received, connection)
+        except StratoVirtError as error:
+            raise RequestError(str(error)) from error
+        if not handed:
+            close_all(received)
 
     def _carry_out(self, request: Request, message: bytes, received: list[int], connection: _socket.socket) -> bool:
         """True: it was handed over, and what was received with it. Raises: RequestError, StratoVirtError."""
@@ -251,7 +179,7 @@ class Launcher:
         data = json.dumps(result).encode()
         if len(data) > wire.MAX_DONE - 5:
             raise RequestError("the answer is too long")
-        _send(connection, b"done " + data)
+        send(connection, b"done " + data)
         connection.close()
         gc.freeze()  # a template stays, and is not to be looked through in every child
         spare, templates = self._clone_spare, self._known_templates()
@@ -314,8 +242,8 @@ class Launcher:
         self._loop.remove(spare.taken)
         if taken:
             if clone is not None:
-                _send(connection, b"clone " + json.dumps(clone.describe()).encode())
-            _send(connection, b"pid %d" % pid, [spare.pidfd])  # if it has gone, the machine learns it by itself
+                send(connection, b"clone " + json.dumps(clone.describe()).encode())
+            send(connection, b"pid %d" % pid, [spare.pidfd])  # if it has gone, the machine learns it by itself
             self._machines[pid] = connection.detach()
         spare.close()
         if not taken:
@@ -326,9 +254,9 @@ class Launcher:
                                                     handed.attempts):
                 self._loop.call_later(SPARE_SECONDS, lambda: self.make_spare(spare.template))
                 return
-            _refuse(connection, "no process could be made for the machine")
+            refuse(connection, "no process could be made for the machine")
             self._consider_idling()
-        _close_all(handed.received)
+        close_all(handed.received)
 
     def _await_last_word(self, pid: int) -> None:
         """This launcher ends, and its client shall know whether there is a machine."""
@@ -371,7 +299,7 @@ class Launcher:
                 self._loop.close()
                 spares = [spare.socket for spare in (self._spare, self._clone_spare) if spare is not None]
                 handed = [socket for each in self._handed.values() for socket in (each.spare.socket, each.connection)]
-                for socket in (self._listener, ours, *spares, *handed, *(silent for silent, _ in self._silent.values())):
+                for socket in (*self._reception.sockets, ours, *spares, *handed):
                     socket.detach()  # the number will be somebody else's: no object shall close it
                 become_machine(theirs, taken, self._makers, self._soft_limit, self.written, template)
             # Nobody but this loop, later, waits for the child: the number is its, even if it has ended by now.
@@ -447,10 +375,7 @@ class Launcher:
         self._spare = self._clone_spare = None
         for pid in list(self._handed):
             self._await_last_word(pid)
-        self._loop.remove(self._listener.fileno())
-        self._listener.close()
-        for fd in list(self._silent):
-            self._give_up(fd, "the launcher is ending")
+        self._reception.close()
         _signal.set_wakeup_fd(-1)
         self._loop.remove(self._wake_fd)
         os.close(self._wake_fd)
@@ -459,25 +384,3 @@ class Launcher:
             if fd >= 0:
                 os.close(fd)
         self._machines.clear()
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-def _send(connection: _socket.socket, message: bytes, fds: list[int] | None = None) -> None:
-    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
-    try:
-        connection.sendmsg([message], rights)
-    except OSError as error:
-        log.debug(f"a client went away: {error.strerror}")
-
-
-def _refuse(connection: _socket.socket, why: str) -> None:
-    log.info(f"a request was refused: {why}")
-    try:
-        connection.send(b"error " + why.encode("utf-8", "backslashreplace")[: wire.MAX_ANSWER - 6])
-    except OSError:
-        pass  # it has gone, and will not miss the reason
-    connection.close()
