@@ -90,12 +90,14 @@ class SharedPages:
 
     def close(self) -> None:
         self.view.release()
-        self.__del__()
+        self._unmap()
 
-    def __del__(self, unmap: _CFunction = _libc_munmap, word: type[_Word] = _Word) -> None:
+    def _unmap(self, unmap: _CFunction = _libc_munmap, word: type[_Word] = _Word) -> None:
         address, self._address = getattr(self, "_address", 0), 0
         if address:
             unmap(word(address), word(self._size))
+
+    __del__ = _unmap
 
 
 def words_at(address: int, count: int) -> memoryview:

@@ -245,7 +245,7 @@ def test_the_first_use_starts_a_launcher(kernel, tmp_path: Path) -> None:
     pid = int.from_bytes(owner.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
     owner.close()
     try:
-        until(lambda: len(os.listdir(f"/proc/{pid}/fd")) == 12)  # 3, lock, socket, epoll, eventfd, a pipe, the spare
+        until(lambda: len(os.listdir(f"/proc/{pid}/fd")) == 11)  # 3, lock, socket, epoll, eventfd, a pipe, the spare
         assert {os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)} == {os.devnull}
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
     finally:

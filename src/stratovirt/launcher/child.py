@@ -96,13 +96,13 @@ class Attachment:
             ahead.let_go()
 
 
-def detach(keep: list[int]) -> list[int]:
+def detach(keep: int) -> int:
     """Leave the launcher: its session, its signals, and its descriptors but for the standard ones and `keep`.
 
-    Returns what those are now. Raises: OSError.
+    Returns what `keep` is now. Raises: OSError.
     """
     os.setsid()  # what a terminal does to the launcher does not concern the machine
-    keep = place_descriptors({0: 0, 1: 1, 2: 2}, keep, own_limit())
+    (keep,) = place_descriptors({0: 0, 1: 1, 2: 2}, [keep], own_limit())
     _signal.set_wakeup_fd(-1)
     for number in RESET_SIGNALS:
         _signal.signal(number, _signal.SIG_DFL)

@@ -151,7 +151,7 @@ def serve(socket: listening.LauncherSocket, idle: float, report: Callable[[str],
     def begin() -> None:
         if report is not None:
             report("")  # while there is no child, which would keep the stderr of who started the daemon
-        if report is None:  # who comes from here on may have to wait for a moment
+        else:  # who comes from here on may have to wait for a moment
             log.info(f"listening at {os.fsdecode(socket.path) or 'the socket of systemd'}")
         hostmap.trim_heap()
         launcher.begin()

@@ -160,9 +160,14 @@ class Witness:
         _signal.pthread_sigmask(_signal.SIG_BLOCK, RESET_SIGNALS)  # their handlers are the launcher's
         try:
             if os.fork() == 0:
-                os.close(self._write_end)
-                os.read(read_end, 1)  # until the launcher has closed its end, or has ended
-                os._exit(0)
+                try:
+                    os.close(self._write_end)
+                    os.read(read_end, 1)  # until the launcher has closed its end, or has ended
+                finally:
+                    os._exit(0)  # never as a second launcher
+        except OSError:
+            os.close(self._write_end)
+            raise
         finally:
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
             os.close(read_end)

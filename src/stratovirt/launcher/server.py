@@ -222,7 +222,7 @@ class Launcher:
     def _await_taken(self, handed: HandOver) -> None:
         pid = handed.spare.pid
         self._handed[pid] = handed
-        self._loop.add(handed.spare.taken, READ, lambda _events: self._on_word(pid))
+        self._loop.add(handed.spare.socket.fileno(), READ, lambda _events: self._on_word(pid))
         if handed.clone is not None:
             self._known_templates().begun(pid, handed.clone)  # nobody else gets what it has of its own
         if self._idle_timer is not None:
@@ -230,16 +230,17 @@ class Launcher:
             self._idle_timer = None
 
     def _on_word(self, pid: int) -> None:
-        """A spare has its request. That it has ended is known from the signal."""
+        """A spare has something to say, or has ended."""
         handed = self._handed.get(pid)
-        if handed is not None and handed.is_taken():
-            self._settle(pid, True)
+        taken = handed.is_taken() if handed is not None else None
+        if taken is not None:
+            self._settle(pid, taken)
 
     def _settle(self, pid: int, taken: bool) -> None:
         """A spare has taken its request, and there is a machine; or it has ended before that, and another gets the request."""
         handed = self._handed.pop(pid)
         spare, connection, clone = handed.spare, handed.connection, handed.clone
-        self._loop.remove(spare.taken)
+        self._loop.remove(spare.socket.fileno())
         if taken:
             if clone is not None:
                 send(connection, b"clone " + json.dumps(clone.describe()).encode())
@@ -260,12 +261,10 @@ class Launcher:
 
     def _await_last_word(self, pid: int) -> None:
         """This launcher ends, and its client shall know whether there is a machine."""
-        spare = self._handed[pid].spare
         poll = select.poll()
-        for fd in (spare.taken, spare.pidfd):
-            poll.register(fd, READ)
+        poll.register(self._handed[pid].spare.socket.fileno(), READ)
         if poll.poll(_LAST_WORD_SECONDS * 1000):
-            self._settle(pid, self._handed[pid].is_taken())
+            self._on_word(pid)
 
     def make_spare(self, template: Template | None = None) -> None:
         """Fork the child that waits for the next request, or the next for a clone of `template`, unless there is one."""
@@ -285,13 +284,6 @@ class Launcher:
         except OSError as error:
             log.warn(f"socketpair: {error.strerror}")
             return
-        try:
-            taken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
-            log.warn(f"eventfd: {error.strerror}")
-            ours.close()
-            theirs.close()
-            return
         _signal.pthread_sigmask(_signal.SIG_BLOCK, RESET_SIGNALS)
         try:
             pid = os.fork()
@@ -301,9 +293,9 @@ class Launcher:
                 handed = [socket for each in self._handed.values() for socket in (each.spare.socket, each.connection)]
                 for socket in (*self._reception.sockets, ours, *spares, *handed):
                     socket.detach()  # the number will be somebody else's: no object shall close it
-                become_machine(theirs, taken, self._makers, self._soft_limit, self.written, template)
+                become_machine(theirs, self._makers, self._soft_limit, self.written, template)
             # Nobody but this loop, later, waits for the child: the number is its, even if it has ended by now.
-            spare = Spare(pid, os.pidfd_open(pid), ours, taken, template)
+            spare = Spare(pid, os.pidfd_open(pid), ours, template)
             if template is not None:
                 self._clone_spare = spare
                 self._known_templates().rehearse(template)
@@ -313,7 +305,6 @@ class Launcher:
         except OSError as error:
             log.warn(f"fork: {error.strerror}")
             ours.close()  # a child that has begun ends, for nobody is left at the other side
-            os.close(taken)
         finally:
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, RESET_SIGNALS)
             theirs.close()
@@ -330,7 +321,7 @@ class Launcher:
                 continue
             handed = self._handed.get(pid)
             if handed is not None:
-                taken = handed.is_taken()
+                taken = bool(handed.is_taken())
                 self._settle(pid, taken)
                 if not taken:
                     continue  # the number may be another's now

@@ -27,26 +27,20 @@ ROOM_FOR_RIGHTS = _socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 1) * 4)
 
 
 class Spare:
-    """A child without a request yet, and the socket where it waits for one. `template`: it can be a clone of that only.
+    """A child without a request yet, and the socket where it waits for one. `template`: it can be a clone of that only."""
 
-    `taken` is an eventfd that it writes to when it has its request. Not a word at the socket: for that the kernel would have
-    the launcher run next on the child's own processor, in the middle of its start.
-    """
+    __slots__ = ("pid", "pidfd", "socket", "template")
 
-    __slots__ = ("pid", "pidfd", "socket", "taken", "template")
-
-    def __init__(self, pid: int, pidfd: int, socket: _socket.socket, taken: int, template: Template | None = None) -> None:
+    def __init__(self, pid: int, pidfd: int, socket: _socket.socket, template: Template | None = None) -> None:
         self.template = template
         self.pid = pid
         self.pidfd = pidfd
         self.socket = socket
-        self.taken = taken
 
     def close(self) -> None:
         """Let go of it: without a request it ends."""
         self.socket.close()
         os.close(self.pidfd)
-        os.close(self.taken)
 
 
 class HandOver:
@@ -63,13 +57,14 @@ class HandOver:
         self.clone = clone
         self.attempts = attempts
 
-    def is_taken(self) -> bool:
-        """Has the spare the request? If it has ended before that, nobody has seen anything of it."""
+    def is_taken(self) -> bool | None:
+        """Has the spare the request? False: it has ended before that, and nobody has seen anything of it. None: not yet."""
         try:
-            os.eventfd_read(self.spare.taken)
+            return bool(self.spare.socket.recv(1, _socket.MSG_DONTWAIT))
+        except ConnectionResetError:
+            return False  # it had not even read the request
         except BlockingIOError:
-            return False
-        return True
+            return None
 
 
 class NoRequest(Exception):
@@ -88,12 +83,9 @@ class Makers:
         self.make_ahead = make_ahead
 
 
-def become_machine(requests: _socket.socket, taken: int, makers: Makers, soft_limit: int, written: Written,
+def become_machine(requests: _socket.socket, makers: Makers, soft_limit: int, written: Written,
                    template: Template | None) -> NoReturn:
-    """Wait at `requests` for what to be, and be that; with `template` a clone of it. The launcher's descriptors are open.
-
-    `taken` as in `Spare`.
-    """
+    """Wait at `requests` for what to be, and be that; with `template` a clone of it. The launcher's descriptors are open."""
     status = 1
     attachment = None
     try:
@@ -101,7 +93,7 @@ def become_machine(requests: _socket.socket, taken: int, makers: Makers, soft_li
             from stratovirt.launcher import clone
 
             mapped = clone.map_memory(template)
-        source, taken = detach([requests.detach(), taken])
+        source = detach(requests.detach())
         if template is not None and not _is_waiting(source):
             makers.rehearse()
         if template is not None:
@@ -114,9 +106,8 @@ def become_machine(requests: _socket.socket, taken: int, makers: Makers, soft_li
         environment = dict(os.environ)
         if not _is_waiting(source):
             written.copy()
-        message, received = _await_request(source, taken)
+        message, received = _await_request(source)
         os.close(source)
-        os.close(taken)
         request = read_request(message, received[1:], soft_limit)
         attachment = settle(request, received[0], soft_limit, ahead, environment)
         attachment.sandbox = sandbox
@@ -153,23 +144,16 @@ def _is_waiting(source: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _is_abandoned(source: int) -> bool:
-    """Has the launcher ended, which would tell the client that there is a machine? Else it does not close its side so early."""
-    poll = select.poll()
-    poll.register(source, 0)
-    return bool(poll.poll(0))
-
-
-def _await_request(source: int, taken: int) -> tuple[bytes, list[int]]:
+def _await_request(source: int) -> tuple[bytes, list[int]]:
     """A request and what came with it, the connection first. Nothing is done for it before the launcher is told: it is here.
 
     Raises: NoRequest, OSError.
     """
     socket = _socket.socket(fileno=source)
     message, ancillary, _, _ = socket.recvmsg(wire.MAX_REQUEST, ROOM_FOR_RIGHTS, _socket.MSG_CMSG_CLOEXEC)
-    if not message or _is_abandoned(source):
+    if not message:
         raise NoRequest
-    os.eventfd_write(taken, 1)
+    socket.send(b"1", _socket.MSG_NOSIGNAL)
     socket.detach()
     return message, descriptors_of(ancillary)
 

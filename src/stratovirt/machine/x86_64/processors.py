@@ -41,7 +41,7 @@ class Processors:
         if self._has_chips:
             self.vm.set_clock(0)  # the machine begins now
         else:
-            _create_chips(self.vm)
+            self._make_chips()
         return ""
 
     @classmethod
@@ -60,8 +60,7 @@ class Processors:
             if config is not None:
                 made.create_all()
             else:
-                _create_chips(made.vm)
-                made._has_chips = True
+                made._make_chips()
                 system.supported_cpuid()
         except (ConfigError, HostError):
             made.let_go()
@@ -85,9 +84,12 @@ class Processors:
 
     def create_all(self) -> None:
         """Chips and vCPUs, ahead of the machine. After memory. Raises: ConfigError, HostError."""
+        self._make_chips()
+        self.create()
+
+    def _make_chips(self) -> None:
         _create_chips(self.vm)
         self._has_chips = True
-        self.create()
 
     @property
     def devices(self) -> list[KvmVm]:
